@@ -1,0 +1,56 @@
+"""Pruning methods by name. To add one: a file with its config and class, and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparsemtl.errors import unknown_choice
+from sparsemtl.methods.adapmtl import AdapMTL, AdapMTLConfig
+from sparsemtl.methods.base import Method, StepState
+from sparsemtl.methods.dense import Dense, DenseConfig
+
+METHODS: dict[str, tuple[type[Any], type[Any]]] = {
+    "dense": (DenseConfig, Dense),
+    "adapmtl": (AdapMTLConfig, AdapMTL),
+}
+
+MethodConfig = DenseConfig | AdapMTLConfig
+
+
+def method_config_type(name: str) -> type[Any]:
+    """The config dataclass of a method.   raises: ValueError that lists the methods."""
+    if name not in METHODS:
+        raise ValueError(unknown_choice("method", name, METHODS))
+    return METHODS[name][0]
+
+
+def build_method(config: MethodConfig, components: Mapping[str, Any] | None = None) -> Method:
+    """The method a config belongs to.   components: map for a user's own network, or None."""
+    for config_type, method_type in METHODS.values():
+        if type(config) is config_type:
+            if method_type is Dense:
+                return Dense(config)
+            method: Method = method_type(config, components)
+            return method
+    raise TypeError(f"build_method: Expected the config of one of {list(METHODS)}, got {config!r}")
+
+
+def method_name(config: MethodConfig) -> str:
+    """The registered name of a method's config."""
+    return next(name for name, (kind, _) in METHODS.items() if type(config) is kind)
+
+
+__all__ = [
+    "METHODS",
+    "AdapMTL",
+    "AdapMTLConfig",
+    "Dense",
+    "DenseConfig",
+    "Method",
+    "MethodConfig",
+    "StepState",
+    "build_method",
+    "method_config_type",
+    "method_name",
+]

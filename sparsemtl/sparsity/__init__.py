@@ -1,0 +1,1 @@
+"""Thresholds, masks, allocation and the controller that makes sparsity exact."""

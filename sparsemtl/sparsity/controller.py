@@ -1,0 +1,167 @@
+"""The controller: brings a model to exactly the requested sparsity, on time, whatever the schedule.
+
+The thresholds' common level is solved, their differences are learned: θ_c = θ̄ + δ_c. Every few
+steps θ̄ is moved so that the overall sparsity follows a ramp; between solves the common drift is
+taken out again, so only differences remain of what the optimizer did. At `freeze_at` the mask is
+fixed at the exact count: the weights with the largest |w| / α_c, ties by index.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsemtl.sparsity.mask import check_sparsity, kept_count, top_masks
+from sparsemtl.sparsity.sparsify import Sparsity
+from sparsemtl.sparsity.stats import MagnitudeHistogram
+
+CONTROLS = ("exact", "free")
+
+
+@dataclass(frozen=True)
+class ControllerConfig:
+    """When and how fast. Fractions are of the schedule's length."""
+
+    control: str = "exact"  # "exact": this controller; "free": the paper's own dynamics
+    ramp_start: float = 0.1  # dense before
+    freeze_at: float = 0.7  # the ramp ends and the mask is fixed; the rest trains the survivors
+    solves: int = 200  # times the common level is solved along the ramp, at most every step
+
+    def __post_init__(self) -> None:
+        who = type(self).__name__
+        if self.control not in CONTROLS:
+            raise ValueError(f"{who}: Expected control in {list(CONTROLS)}, got {self.control!r}")
+        if not 0.0 <= self.ramp_start < self.freeze_at <= 1.0:
+            raise ValueError(
+                f"{who}: Expected 0 <= ramp_start < freeze_at <= 1, "
+                f"got {self.ramp_start} and {self.freeze_at}"
+            )
+        if self.solves < 1:
+            raise ValueError(f"{who}: Expected solves >= 1, got {self.solves}")
+
+
+def cubic_ramp(progress: float, target: float) -> float:
+    """Sparsity at `progress` in [0, 1] of the ramp: fast first, when there is most to spare.
+
+    source: Zhu and Gupta, 2017, Eq. 1.
+    """
+    return target * (1.0 - (1.0 - min(max(progress, 0.0), 1.0)) ** 3)
+
+
+class Controller:
+    """Steers `sparsity.theta` of one model to `target` within `steps` steps."""
+
+    def __init__(
+        self, config: ControllerConfig, sparsity: Sparsity, target: float, steps: int
+    ) -> None:
+        check_sparsity("Controller", "target", target)
+        if steps < 1:
+            raise ValueError(f"Controller: Expected steps >= 1, got {steps}")
+        self.config, self.sparsity, self.target, self.steps = config, sparsity, target, steps
+        self.start = int(config.ramp_start * steps)
+        self.end = max(1, min(steps, math.ceil(config.freeze_at * steps)))
+        self.every = max(1, (self.end - self.start) // config.solves)
+        self._common: float | None = None  # θ̄ as last solved
+
+    def on_step(self, step: int) -> None:
+        """After the optimizer's step number `step` (from 1)."""
+        if self.sparsity.frozen:
+            return
+        if self.config.control == "free":
+            if overall_dead_fraction(self.sparsity) >= self.target > 0.0 or step >= self.steps:
+                freeze_survivors(self.sparsity)
+            return
+        if step >= self.end:
+            freeze_exactly(self.sparsity, self.target)
+        elif step > self.start:
+            if (step - self.start) % self.every == 0 or self._common is None:
+                self._solve(cubic_ramp((step - self.start) / (self.end - self.start), self.target))
+            else:
+                self._hold_common_level()
+
+    def _solve(self, sparsity: float) -> None:
+        histograms = [
+            MagnitudeHistogram.of(self.sparsity.weights(g))
+            for g in range(len(self.sparsity.groups))
+        ]
+        theta = self.sparsity.theta.detach().double().cpu()
+        shift = solve_common_shift(histograms, theta, sparsity)
+        with torch.no_grad():
+            self.sparsity.theta += shift
+        self._common = float(self.sparsity.theta.mean())
+
+    def _hold_common_level(self) -> None:
+        assert self._common is not None
+        with torch.no_grad():
+            self.sparsity.theta += self._common - self.sparsity.theta.mean()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"common": self._common}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._common = state["common"]
+
+
+def solve_common_shift(
+    histograms: list[MagnitudeHistogram], theta: Tensor, sparsity: float
+) -> float:
+    """The number to add to every θ so that a fraction `sparsity` of all weights is dead.
+
+    theta: [G] float64, on the CPU.   By bisection on the histograms; exact to one bin (0.4 %).
+    """
+    total = sum(h.numel for h in histograms)
+    low, high = -120.0 - float(theta.max()), 60.0 - float(theta.min())
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        alpha = torch.sigmoid(theta + middle).tolist()
+        dead = sum(h.count_below(a) for h, a in zip(histograms, alpha, strict=True))
+        low, high = (low, middle) if dead >= sparsity * total else (middle, high)
+    return 0.5 * (low + high)
+
+
+def overall_dead_fraction(sparsity: Sparsity) -> float:
+    """Fraction of S(W, α) that is zero, over all groups."""
+    with torch.no_grad():
+        alpha = torch.sigmoid(sparsity.theta)
+        dead = total = 0
+        for g in range(len(sparsity.groups)):
+            for weight in sparsity.weights(g):
+                dead += int((weight.abs() <= alpha[g]).sum())
+                total += weight.numel()
+    return dead / total
+
+
+def freeze_exactly(sparsity: Sparsity, target: float) -> None:
+    """Fix the mask at exactly `target`, keeping the split that the thresholds have learned.
+
+    The survivors are the weights with the largest |w| / α_c: what one more common shift of the
+    thresholds would leave, cut at the exact count.
+    """
+    with torch.no_grad():
+        alpha = torch.sigmoid(sparsity.theta.double()).clamp_min(1e-300)
+        alpha = alpha / alpha.max()  # only ratios matter; near 1, float32 scores keep their range
+        scores = [
+            [w.detach().abs().float() / alpha[g].item() for w in sparsity.weights(g)]
+            for g in range(len(sparsity.groups))
+        ]
+        total = sum(s.numel() for group in scores for s in group)
+        masks, cut = top_masks(scores, kept_count(total, target))
+        # A hair below the cut, so that rounding leaves no survivor at exactly 0, ties included.
+        final = (alpha * (cut * (1.0 - 1e-6))).float()
+    sparsity.freeze(masks, final)
+
+
+def freeze_survivors(sparsity: Sparsity) -> None:
+    """Fix the mask at whatever is alive now (the paper's way: control="free")."""
+    with torch.no_grad():
+        alpha = torch.sigmoid(sparsity.theta)
+        masks = [
+            [~(w.detach().abs() <= alpha[g]) for w in sparsity.weights(g)]
+            for g in range(len(sparsity.groups))
+        ]
+    sparsity.freeze(masks, alpha.detach().clone())

@@ -1,0 +1,246 @@
+"""`sparsify` gives a model thresholds; the `Sparsity` module it hangs on the model owns them.
+
+G: threshold groups. A group shares one θ; α = sigmoid(θ). With the default grouping a group is a
+component (AdapMTL); the ablations share one θ over all, over the heads, or give one to each layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsemtl.models.component import Component, find_components, merge_components
+from sparsemtl.ops.soft_threshold import soft_threshold, soft_threshold_component
+from sparsemtl.sparsity.layers import DENSE_LAYERS, SPARSE_LAYERS, SparseLayer
+
+GROUPINGS = ("component", "one", "two", "layer")
+
+
+@dataclass
+class Slot:
+    """Where a layer finds its effective weight: group `group`, place `place` within the group."""
+
+    sparsity: Sparsity
+    group: int
+    place: int
+
+    def effective_weight(self, weight: Tensor) -> Tensor:
+        return self.sparsity.effective_weight(self.group, self.place, weight)
+
+
+class Sparsity(nn.Module):
+    """Thresholds and masks of one model; `model.sparsity` after `sparsify(model)`.
+
+    theta: [G] float32, learnable; α = sigmoid(θ).
+    Before `freeze`, layers compute with S(W, α). After it α is 0, the surviving values have been
+    written into W, and layers compute with W where the mask is True and 0 elsewhere.
+    """
+
+    theta: nn.Parameter
+
+    def __init__(
+        self, components: Mapping[str, Component], groups: Mapping[str, Component], theta: float
+    ) -> None:
+        super().__init__()
+        self.components = dict(components)
+        self.groups = dict(groups)
+        self.theta = nn.Parameter(torch.full((len(self.groups),), float(theta)))
+        self.masks: list[list[Tensor]] | None = None  # per group, per layer, bool like the weight
+        self._values: list[Sequence[Tensor]] | None = None  # S(W, α) of the forward under way
+
+    @property
+    def alpha(self) -> Tensor:
+        """α per group: [G] float32, differentiable in θ; 0 once frozen."""
+        return torch.zeros_like(self.theta) if self.frozen else torch.sigmoid(self.theta)
+
+    @property
+    def frozen(self) -> bool:
+        return self.masks is not None
+
+    def weights(self, group: int) -> list[nn.Parameter]:
+        """The master weights of one group, in module order."""
+        return list(self.groups[self.group_names[group]].weights)
+
+    @property
+    def group_names(self) -> list[str]:
+        return list(self.groups)
+
+    def effective_weight(self, group: int, place: int, weight: Tensor) -> Tensor:
+        if self._values is not None:
+            return self._values[group][place]
+        if self.masks is not None:
+            return torch.where(self.masks[group][place], weight, weight.new_zeros(()))
+        return soft_threshold(weight, torch.sigmoid(self.theta[group]))
+
+    def compute_values(self) -> None:
+        """Threshold every group, one op call each, and keep S(W, α) until `drop_values`."""
+        if self.frozen:
+            return
+        alpha = torch.sigmoid(self.theta)
+        self._values = [
+            soft_threshold_component(self.weights(g), alpha[g]) for g in range(len(self.groups))
+        ]
+
+    def drop_values(self) -> None:
+        self._values = None
+
+    def freeze(self, masks: list[list[Tensor]], alpha: Tensor) -> None:
+        """Write S(W, α) into W where the mask is True, 0 elsewhere, and fix the masks.
+
+        masks: per group, per layer, bool, shaped like the weight.   alpha: [G]
+        """
+        self._check_masks(masks)
+        with torch.no_grad():
+            for g, group_masks in enumerate(masks):
+                for weight, mask in zip(self.weights(g), group_masks, strict=True):
+                    shrunk = weight.abs().sub_(alpha[g].to(weight)).clamp_(min=0.0)
+                    shrunk = torch.copysign(shrunk, weight)
+                    weight.copy_(torch.where(mask, shrunk, shrunk.new_zeros(())))
+        self.masks = masks
+        self.theta.requires_grad_(False)
+        self.theta.grad = None
+
+    def _check_masks(self, masks: list[list[Tensor]]) -> None:
+        found = [[tuple(m.shape) for m in group] for group in masks]
+        expected = [[tuple(w.shape) for w in self.weights(g)] for g in range(len(self.groups))]
+        if found != expected:
+            raise ValueError(
+                "Sparsity: Expected masks shaped like the weights of "
+                f"{self.group_names}, got {sum(map(len, found))} masks of other shapes"
+            )
+        for group in masks:
+            for mask in group:
+                if mask.dtype != torch.bool:
+                    raise ValueError(f"Sparsity: Expected bool masks, got {mask.dtype}")
+
+    def effective_weights(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(component, layer name, effective weight, detached) of every prunable layer."""
+        places = {
+            id(module): (g, i)
+            for g, group in enumerate(self.groups.values())
+            for i, (_, module) in enumerate(group.layers)
+        }
+        with torch.no_grad():
+            for name, component in self.components.items():
+                for layer, module in component.layers:
+                    group, place = places[id(module)]
+                    weight = module.weight
+                    assert isinstance(weight, Tensor)
+                    yield name, layer, self.effective_weight(group, place, weight).detach()
+
+    def resume_state(self) -> dict[str, Any]:
+        """θ and the masks, for a checkpoint. (The model's own state dict stays a dense model's.)"""
+        return {"theta": self.theta.detach().clone(), "groups": self.group_names, "masks": self.masks}
+
+    def load_resume_state(self, state: Mapping[str, Any]) -> None:
+        if list(state["groups"]) != self.group_names:
+            raise ValueError(
+                f"Sparsity: Expected the groups {self.group_names}, got {list(state['groups'])}"
+            )
+        masks = state["masks"]
+        with torch.no_grad():
+            self.theta.copy_(state["theta"])
+        if masks is not None:
+            self._check_masks(masks)
+            masks = [[m.to(self.theta.device) for m in group] for group in masks]
+        self.masks = masks
+        self.theta.requires_grad_(masks is None)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Sparsity:
+        super()._apply(fn, recurse)
+        if self.masks is not None:  # `fn` may change dtypes: move the masks, keep them bool
+            device = self.theta.device
+            self.masks = [[m.to(device) for m in group] for group in self.masks]
+        return self
+
+
+def sparsify(
+    model: nn.Module,
+    components: Mapping[str, Any] | None = None,
+    *,
+    grouping: str = "component",
+    theta_init: float = -20.0,
+) -> nn.Module:
+    """Give `model` learnable soft thresholds, in place; returns the model.
+
+    model:      any nn.Module; its prunable layers are nn.Conv2d and nn.Linear.
+    components: name → module-name prefix(es) or module(s); `model.components()` by default.
+    grouping:   who shares a threshold: "component" (AdapMTL), "one" (all), "two" (backbone, heads),
+                "layer" (STR).
+    theta_init: θ of every group before training; −20 in the paper (α = 2e-9).
+    raises:     ValueError if already sparsified, or for an unknown grouping or component;
+                TypeError for a layer that is neither nn.Conv2d nor nn.Linear itself.
+    source:     AdapMTL, Eq. 2.
+    """
+    if getattr(model, "sparsity", None) is not None:
+        raise ValueError("sparsify: Expected a model without `sparsity`, got one already sparsified")
+    if grouping not in GROUPINGS:
+        raise ValueError(f"sparsify: Expected grouping in {list(GROUPINGS)}, got {grouping!r}")
+    found = find_components(model, components)
+    groups = merge_components(found, grouping)
+    for component in found.values():
+        for layer, module in component.layers:
+            if type(module) not in SPARSE_LAYERS:
+                raise TypeError(
+                    f"sparsify: Expected nn.Conv2d or nn.Linear in component {component.name!r}, "
+                    f"got {type(module).__name__} at {layer!r}"
+                )
+    sparsity = Sparsity(found, groups, theta_init)
+    device = next(iter(next(iter(found.values())).weights)).device
+    sparsity.to(device)
+    for g, group in enumerate(groups.values()):
+        for place, (_, module) in enumerate(group.layers):
+            module.__class__ = SPARSE_LAYERS[type(module)]
+            module.slot = Slot(sparsity, g, place)  # type: ignore[assignment]
+    model.sparsity = sparsity
+    model.register_forward_pre_hook(_compute_values)
+    model.register_forward_hook(_drop_values, always_call=True)
+    model.register_state_dict_post_hook(_forget_sparsity_keys)
+    model.register_load_state_dict_post_hook(_ignore_sparsity_keys)
+    return model
+
+
+def desparsify(model: nn.Module) -> nn.Module:
+    """Undo `sparsify`, in place: plain torch layers again, weights as they are."""
+    for module in model.modules():
+        if isinstance(module, SparseLayer):
+            module.__class__ = DENSE_LAYERS[type(module)]
+            del module.slot
+    for hooks, ours in (
+        (model._forward_pre_hooks, _compute_values),
+        (model._forward_hooks, _drop_values),
+        (model._state_dict_hooks, _forget_sparsity_keys),
+        (model._load_state_dict_post_hooks, _ignore_sparsity_keys),
+    ):
+        for key in [k for k, hook in hooks.items() if hook is ours]:
+            del hooks[key]
+            model._forward_hooks_always_called.pop(key, None)
+    del model.sparsity
+    return model
+
+
+def _compute_values(model: nn.Module, _inputs: Any) -> None:
+    if not torch.compiler.is_compiling():  # a traced model thresholds layer by layer
+        model.sparsity.compute_values()  # type: ignore[union-attr, operator]
+
+
+def _drop_values(model: nn.Module, _inputs: Any, _outputs: Any) -> None:
+    if not torch.compiler.is_compiling():
+        model.sparsity.drop_values()  # type: ignore[union-attr, operator]
+
+
+def _forget_sparsity_keys(
+    model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any
+) -> None:
+    for key in [k for k in state if k.startswith(f"{prefix}sparsity.")]:
+        del state[key]
+
+
+def _ignore_sparsity_keys(model: nn.Module, incompatible: Any) -> None:
+    ours = [k for k in incompatible.missing_keys if k.split(".")[-2:] == ["sparsity", "theta"]]
+    for key in ours:
+        incompatible.missing_keys.remove(key)

@@ -1,0 +1,102 @@
+"""Counts: how sparse is what, exactly (`sparsity_report`) or fast (`MagnitudeHistogram`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsemtl.models.component import Component
+
+SHIFT = 15  # keeps a float's exponent and 8 bits of its mantissa: bins 0.4 % wide
+BINS = 0x7F800000 >> SHIFT
+
+
+@dataclass(frozen=True)
+class MagnitudeHistogram:
+    """Counts of |w| in bins of equal relative width, for solving thresholds without a sort."""
+
+    cumulative: Tensor  # [BINS + 2] float64; cumulative[i] = weights in bins below i
+    numel: int
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor], limit: int = 1 << 22) -> MagnitudeHistogram:
+        """Histogram of all the weights; above `limit` weights, of every n-th one, scaled up."""
+        numel = sum(w.numel() for w in weights)
+        stride = max(1, -(-numel // limit))
+        counts = torch.zeros(BINS + 1, dtype=torch.float64)
+        for weight in weights:
+            flat = weight.detach().reshape(-1)[::stride].float()
+            bits = (flat.view(torch.int32) & 0x7FFFFFFF) >> SHIFT
+            found = torch.bincount(bits.clamp_max_(BINS), minlength=BINS + 1)
+            counts += found.double().cpu()
+        cumulative = torch.zeros(BINS + 2, dtype=torch.float64)
+        torch.cumsum(counts, 0, out=cumulative[1:])
+        return cls(cumulative * (numel / max(1.0, float(cumulative[-1]))), numel)
+
+    def count_below(self, alpha: float) -> float:
+        """About how many weights have |w| ≤ α (linear within a bin)."""
+        bits = int(torch.tensor(max(alpha, 0.0), dtype=torch.float32).view(torch.int32))
+        bin_, rest = bits >> SHIFT, (bits & ((1 << SHIFT) - 1)) / (1 << SHIFT)
+        if bin_ >= BINS:
+            return float(self.numel)
+        below, upto = self.cumulative[bin_].item(), self.cumulative[bin_ + 1].item()
+        return below + (upto - below) * rest
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """Zeros of the prunable weights. Biases and batch norm are in `all_parameters` only."""
+
+    overall: float  # zeros / weights, over all components
+    components: dict[str, float]
+    zeros: int
+    weights: int
+    component_zeros: dict[str, int]
+    component_weights: dict[str, int]
+    all_parameters: float  # zeros among the prunable weights / every parameter of the model
+    layers: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def sparsity_report(model: nn.Module, components: Mapping[str, Component]) -> SparsityReport:
+    """Count exact zeros of the effective weights of each component.
+
+    A sparsified model is counted through its thresholds and masks, a plain one as it stands.
+    """
+    sparsity = getattr(model, "sparsity", None)
+    if sparsity is not None:
+        rows = [(c, layer, value) for c, layer, value in sparsity.effective_weights()]
+    else:
+        rows = [
+            (name, layer, module.weight.detach())
+            for name, component in components.items()
+            for layer, module in component.layers
+        ]
+    zeros = dict.fromkeys(components, 0)
+    sizes = dict.fromkeys(components, 0)
+    layers = {}
+    for name, layer, value in rows:
+        dead = int((value == 0).sum())
+        zeros[name] += dead
+        sizes[name] += value.numel()
+        layers[layer] = dead / max(1, value.numel())
+    everything = sum(
+        p.numel() for n, p in model.named_parameters() if not n.startswith("sparsity.")
+    )
+    dead, total = sum(zeros.values()), sum(sizes.values())
+    return SparsityReport(
+        overall=dead / max(1, total),
+        components={n: zeros[n] / max(1, sizes[n]) for n in components},
+        zeros=dead,
+        weights=total,
+        component_zeros=zeros,
+        component_weights=sizes,
+        all_parameters=dead / max(1, everything),
+        layers=layers,
+    )
