@@ -1,0 +1,68 @@
+"""Which network to build: the registry, its config and `build_model`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+from sparsemtl.models.backbones import DeepLabResNet, MobileNetV2
+from sparsemtl.models.heads import HIDDEN, RATES, ASPPHead
+from sparsemtl.models.mtl import MultitaskModel, check_task_names
+from sparsemtl.models.width import scaled
+
+MODELS: dict[str, Callable[[float], nn.Module]] = {  # width → backbone
+    "deeplab-resnet18": partial(DeepLabResNet, 18),
+    "deeplab-resnet34": partial(DeepLabResNet, 34),
+    "mobilenetv2": MobileNetV2,
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A shared backbone with one ASPP head per task."""
+
+    name: str = "deeplab-resnet34"
+    width: float = 1.0  # multiplies every channel count, the heads' hidden 1024 too
+    dropout: float = 0.5  # probability inside the heads
+    rates: tuple[int, ...] = RATES  # dilation of each branch of a head
+
+    def __post_init__(self) -> None:
+        if self.name not in MODELS:
+            raise ValueError(
+                f"ModelConfig: Expected name to be one of {list(MODELS)}, got {self.name!r}"
+            )
+        if not 0.0 < self.width < float("inf"):
+            raise ValueError(f"ModelConfig: Expected width > 0, got {self.width}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"ModelConfig: Expected dropout in [0, 1), got {self.dropout}")
+        if not self.rates or any(not isinstance(r, int) or r < 1 for r in self.rates):
+            raise ValueError(
+                f"ModelConfig: Expected rates to be one or more integers ≥ 1, got {self.rates}"
+            )
+
+
+def build_model(config: ModelConfig, heads: Mapping[str, int]) -> MultitaskModel:
+    """Build a network with freshly initialised weights (torch's global generator).
+
+    heads:   task name → output channels, in task order
+    returns: MultitaskModel
+    raises:  ValueError for no heads, a bad task name or fewer than one channel
+    """
+    check_task_names(heads)
+    for task, channels in heads.items():
+        if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
+            raise ValueError(
+                f"build_model: Expected head {task!r} to have at least 1 channel, got {channels}"
+            )
+    backbone = MODELS[config.name](config.width)
+    hidden = scaled(HIDDEN, config.width)
+    return MultitaskModel(
+        backbone,
+        {
+            task: ASPPHead(backbone.out_channels, channels, hidden, config.rates, config.dropout)  # type: ignore[arg-type]  # every backbone in MODELS has it, as int
+            for task, channels in heads.items()
+        },
+    )
