@@ -1,0 +1,107 @@
+"""Checkpoints: written beside the old one and renamed, so the last good one always survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from sparsemtl.errors import CheckpointError
+
+FORMAT = 1
+_NAME = re.compile(r"step_(\d{8})\.pt")
+
+
+def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file so that it is either the old one or complete, whatever happens meanwhile.
+
+    raises: CheckpointError naming the file and the cause (a full disk, say); the old file stays.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"could not write {path}: {_reason(error, path)}") from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic, indented, keys in the order given."""
+    text = json.dumps(value, indent=2, allow_nan=True) + "\n"
+    atomic_write(path, lambda file: _write_all(file, text.encode()))
+
+
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
+    """Write `folder/step_XXXXXXXX.pt`, then delete all but the newest `keep`."""
+    path = folder / f"step_{step:08d}.pt"
+    atomic_write(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    for old in checkpoints(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints of a run, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read one checkpoint without running pickled code.
+
+    raises: CheckpointError if it is not a readable checkpoint of this format.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"Expected a checkpoint at {path}, got no such file") from error
+    except Exception as error:  # torch.load raises many types on damaged files
+        raise CheckpointError(f"{path} is not a readable checkpoint: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"{path}: Expected checkpoint format {FORMAT}, got {found!r}")
+    return state
+
+
+def check_same_model(path: Path, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """raises CheckpointError, naming the first difference, unless keys and shapes agree."""
+    missing = [k for k in expected if k not in found]
+    extra = [k for k in found if k not in expected]
+    if missing or extra:
+        raise CheckpointError(
+            f"{path} is a checkpoint of another model: {len(missing)} parameters missing "
+            f"({', '.join(missing[:3])}), {len(extra)} unknown ({', '.join(extra[:3])})"
+        )
+    for key, value in expected.items():
+        if value.shape != found[key].shape:
+            raise CheckpointError(
+                f"{path} is a checkpoint of another model: Expected {key} of shape "
+                f"{tuple(value.shape)}, got {tuple(found[key].shape)}"
+            )
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
+
+
+def _reason(error: Exception, path: Path) -> str:
+    try:
+        stats = os.statvfs(path.parent)
+        free = f" ({stats.f_bavail * stats.f_frsize / 2**20:.0f} MiB free there)"
+    except OSError:
+        free = ""
+    return f"{error}{free}"

@@ -1,0 +1,92 @@
+"""Every metric of every task over a data set, and the same for the best constant prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsemtl.training.batches import evaluation_batches
+from sparsemtl.training.state import check_outputs, to_device
+
+Metrics = dict[str, dict[str, float]]
+
+
+def evaluate(
+    model: nn.Module,
+    tasks: Mapping[str, Any],
+    dataset: Any,
+    *,
+    batch_size: int = 1,
+    workers: int = 0,
+) -> Metrics:
+    """Task → metric → value, in fp32 and eval mode; the model's mode is restored."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return _measure(lambda b: model(b.image), tasks, dataset, device, batch_size, workers)
+    finally:
+        model.train(was_training)
+
+
+def evaluate_constant(
+    tasks: Mapping[str, Any],
+    train_set: Any,
+    test_set: Any,
+    *,
+    batch_size: int = 1,
+    workers: int = 0,
+    limit: int = 256,
+) -> Metrics:
+    """The metrics of predicting each task's best constant, learned from `limit` training frames."""
+    predictors = {name: task.constant_predictor() for name, task in tasks.items()}
+    for batch in evaluation_batches(_First(train_set, limit), batch_size, workers):
+        for name, predictor in predictors.items():
+            predictor.update(batch.targets[name], batch.valid[name])
+    with torch.no_grad():
+        return _measure(
+            lambda b: {n: p.predict(b.targets[n]) for n, p in predictors.items()},
+            tasks,
+            test_set,
+            torch.device("cpu"),
+            batch_size,
+            workers,
+        )
+
+
+class _First:
+    """The first `limit` samples of a data set."""
+
+    def __init__(self, dataset: Any, limit: int) -> None:
+        self.dataset, self.limit = dataset, limit
+
+    def __len__(self) -> int:
+        return min(self.limit, len(self.dataset))
+
+    def sample(self, index: int, epoch: int) -> Any:
+        return self.dataset.sample(index, epoch)
+
+    def collate(self, samples: Any) -> Any:
+        return self.dataset.collate(samples)
+
+
+def _measure(
+    predict: Callable[[Any], Mapping[str, Tensor]],
+    tasks: Mapping[str, Any],
+    dataset: Any,
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+) -> Metrics:
+    metrics = {name: task.metrics().to(device) for name, task in tasks.items()}
+    for batch in evaluation_batches(dataset, batch_size, workers):
+        batch = to_device(batch, device)
+        outputs = predict(batch)
+        check_outputs(outputs, list(tasks))
+        for name, metric in metrics.items():
+            metric.update(outputs[name].float(), batch.targets[name], batch.valid[name])
+    return {name: metric.compute() for name, metric in metrics.items()}

@@ -1,0 +1,237 @@
+"""The state of a training run: all that a step reads and changes, and all that resuming needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from sparsemtl.errors import CheckpointError
+from sparsemtl.methods.base import Method
+from sparsemtl.models.component import Component, find_components
+from sparsemtl.sparsity.mask import check_sparsity
+from sparsemtl.training import runtime
+from sparsemtl.training.batches import training_batches
+from sparsemtl.training.checkpoint import check_same_model
+from sparsemtl.training.optim import OptimConfig, build_optimizer, build_schedule
+from sparsemtl.training.runtime import RuntimeConfig
+from sparsemtl.training.weighting import Fixed, WeightingConfig, build_weighting
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch, balance and bookkeeping of a run."""
+
+    steps: int = 20_000
+    batch_size: int = 16
+    seed: int = 0
+    loss_weights: Mapping[str, float] = field(default_factory=dict)  # λ per task; 1 if not named
+    weighting: WeightingConfig | None = None  # None: the method's own
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    checkpoint_every: int | None = None  # steps; None: a tenth of the schedule, at most 1 000
+    evaluate_every: int | None = None  # steps; None: only at the end
+    log_every: int | None = None  # steps between sparsity counts; None: 200 times a run
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainConfig: Expected {name} >= 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"TrainConfig: Expected seed >= 0, got {self.seed}")
+        for name in ("checkpoint_every", "evaluate_every", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"TrainConfig: Expected {name} >= 1 or None, got {value}")
+        for task, weight in self.loss_weights.items():
+            if not weight >= 0.0:
+                raise ValueError(
+                    f"TrainConfig: Expected loss_weights[{task!r}] >= 0, got {weight}"
+                )
+
+
+@dataclass
+class TrainState:
+    """One run. Build it with `TrainState.create`; `train` moves it to its last step."""
+
+    config: TrainConfig
+    model: nn.Module
+    tasks: Mapping[str, Any]  # name → sparsemtl.tasks.Task, in order
+    dataset: Any
+    method: Method
+    optimizer: Optimizer
+    schedule: LambdaLR
+    weighting: Fixed
+    components: Mapping[str, Component]
+    device: torch.device
+    step: int = 0  # finished steps
+    seconds: float = 0.0  # of training, over all sessions
+    losses: dict[str, float] = field(default_factory=dict)  # of the last step, per task
+    factors: dict[str, float] = field(default_factory=dict)  # of the last step, per task
+    total: float = 0.0  # the loss that was minimised
+    gradient_norm: float | None = None  # before clipping; None if not clipping
+    last_checkpoint: Path | None = None
+    stop_requested: bool = False
+
+    @classmethod
+    def create(
+        cls,
+        model: nn.Module,
+        tasks: Mapping[str, Any],
+        dataset: Any,
+        method: Method,
+        config: TrainConfig,
+        components: Mapping[str, Any] | None = None,
+    ) -> TrainState:
+        """Set a run up: seeds are the caller's (`runtime.start`), as they decide the model's init.
+
+        model:      forward([B, 3, H, W]) → dict[task, Tensor]
+        components: a component map, for a model without `components()`
+        """
+        check_sparsity(method.name, "sparsity", method.sparsity_target)
+        unknown = [t for t in config.loss_weights if t not in tasks]
+        if unknown:
+            raise ValueError(
+                f"TrainState: Expected loss_weights for {list(tasks)}, got unknown tasks {unknown}"
+            )
+        device = next(model.parameters()).device
+        found = find_components(model, components)
+        method.prepare(model, config.steps)
+        optimizer = build_optimizer(config.optim, method.parameter_groups(model))
+        weighting = config.weighting or WeightingConfig(method.default_weighting)
+        return cls(
+            config=config,
+            model=model,
+            tasks=dict(tasks),
+            dataset=dataset,
+            method=method,
+            optimizer=optimizer,
+            schedule=build_schedule(config.optim, optimizer, config.steps),
+            weighting=build_weighting(
+                weighting, list(tasks), config.steps, backbone_to_heads(found)
+            ),
+            components=found,
+            device=device,
+        )
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.steps
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.config.steps
+
+    def loss_weight(self, task: str) -> float:
+        return float(self.config.loss_weights.get(task, 1.0))
+
+    def batches(self) -> Iterator[Any]:
+        """The batches from the present step to the last."""
+        config = self.config
+        return training_batches(
+            self.dataset,
+            config.batch_size,
+            config.seed,
+            self.step,
+            config.steps,
+            config.runtime.workers,
+        )
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        """Per-task losses of one batch, scalars with gradient.
+
+        raises: TypeError or ValueError if the model does not return one tensor per task.
+        """
+        batch = to_device(batch, self.device)
+        with runtime.autocast(self.device, self.config.runtime.precision):
+            outputs = self.model(batch.image)
+        check_outputs(outputs, list(self.tasks))
+        return {
+            name: task.loss(outputs[name].float(), batch.targets[name], batch.valid[name])
+            for name, task in self.tasks.items()
+        }
+
+    def resume_state(self) -> dict[str, Any]:
+        """Everything a bit-exact continuation needs, as tensors and plain values."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "method_name": self.method.name,
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": {"last_epoch": self.schedule.last_epoch},
+            "weighting": self.weighting.state_dict(),
+            "rng": runtime.rng_state(),
+        }
+
+    def load_resume_state(self, state: Mapping[str, Any], path: Path) -> None:
+        """Continue from a checkpoint.   raises: CheckpointError if it is of another run's model."""
+        if state["method_name"] != self.method.name:
+            raise CheckpointError(
+                f"{path}: Expected a checkpoint of method {self.method.name!r}, "
+                f"got one of {state['method_name']!r}"
+            )
+        check_same_model(path, self.model.state_dict(), state["model"])
+        self.model.load_state_dict(state["model"])
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.last_epoch = state["schedule"]["last_epoch"]
+        self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self.weighting.load_state_dict(state["weighting"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.last_checkpoint = path
+        runtime.set_rng_state(state["rng"])
+
+
+class Stopwatch:
+    """Adds the time between two calls of `lap` to a run's seconds."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        elapsed, self.last = now - self.last, now
+        return elapsed
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A MultitaskSample's tensors on `device`."""
+    if device.type == "cpu":
+        return batch
+    move = {"device": device, "non_blocking": True}
+    return type(batch)(
+        batch.image.to(**move),
+        {k: v.to(**move) for k, v in batch.targets.items()},
+        {k: v.to(**move) for k, v in batch.valid.items()},
+        batch.index,
+    )
+
+
+def check_outputs(outputs: Any, tasks: Sequence[str]) -> None:
+    """raises unless `outputs` is a dict with a tensor for each task."""
+    if not isinstance(outputs, Mapping):
+        raise TypeError(
+            f"model: Expected forward to return a dict of task → Tensor, got "
+            f"{type(outputs).__name__}"
+        )
+    missing = [t for t in tasks if not isinstance(outputs.get(t), Tensor)]
+    if missing:
+        raise ValueError(
+            f"model: Expected forward to return a tensor for each of {list(tasks)}, "
+            f"got {sorted(map(str, outputs))}"
+        )
+
+
+def backbone_to_heads(components: Mapping[str, Component]) -> float:
+    """|W_backbone| / Σ|W_head|: prunable weights of the first component over all others'."""
+    sizes = [component.numel for component in components.values()]
+    return sizes[0] / sum(sizes[1:]) if len(sizes) > 1 else 1.0
