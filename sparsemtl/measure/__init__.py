@@ -1,0 +1,23 @@
+"""Work, memory and machine: what stands beside every number."""
+
+from sparsemtl.measure.environment import environment, machine_line
+from sparsemtl.measure.flops import FlopReport, LayerFlops, Work, count_flops
+from sparsemtl.measure.memory import (
+    MemoryPeak,
+    peak_resident_bytes,
+    resident_bytes,
+    track_peak,
+)
+
+__all__ = [
+    "FlopReport",
+    "LayerFlops",
+    "MemoryPeak",
+    "Work",
+    "count_flops",
+    "environment",
+    "machine_line",
+    "peak_resident_bytes",
+    "resident_bytes",
+    "track_peak",
+]
