@@ -26,6 +26,7 @@ ISA_FLAGS = {  # a file's name ends in its instruction set; no other file may us
     "kernels_avx512.cpp": [
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
         *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
+        "-Wno-maybe-uninitialized",  # gcc 12 says it of its own _mm512_undefined_epi32
     ],
 }
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=off"]
@@ -93,10 +94,11 @@ class BuildNative(build_ext):
         if not openmp:
             say("the compiler has no -fopenmp, so native kernels will use one thread")
         ext.extra_compile_args = [*COMMON_FLAGS, *openmp, *sanitize]
+        ext.define_macros = [("SPARSEMTL_X86", "1")] if X86 else []
         ext.extra_link_args = [*openmp, *sanitize]
         ext.extra_objects = self.cuda_objects()
         if ext.extra_objects:
-            ext.define_macros = [("SPARSEMTL_CUDA", "1")]
+            ext.define_macros += [("SPARSEMTL_CUDA", "1")]
             lib = Path(find_nvcc() or "").resolve().parent.parent / "lib64"
             lib = lib if lib.is_dir() else Path("/usr/local/cuda/lib64")
             ext.library_dirs = [str(lib)]
@@ -126,8 +128,7 @@ class BuildNative(build_ext):
 
     def cuda_objects(self) -> list[str]:
         """Compile csrc/cuda/*.cu; without nvcc, or where it fails, one line and an empty list."""
-        sources = sorted(glob.glob("csrc/cuda/*.cu"))
-        if not sources or switch("SPARSEMTL_CUDA") is False:
+        if switch("SPARSEMTL_CUDA") is False:
             say("SPARSEMTL_CUDA=0, so without CUDA kernels")
             return []
         nvcc = find_nvcc()
@@ -135,7 +136,7 @@ class BuildNative(build_ext):
             say("nvcc was not found, so without CUDA kernels")
             return []
         objects = []
-        for source in sources:
+        for source in sorted(glob.glob("csrc/cuda/*.cu")):
             target = Path(self.build_temp) / (Path(source).stem + ".cu.o")
             target.parent.mkdir(parents=True, exist_ok=True)
             command = [nvcc, *NVCC_FLAGS, "-Icsrc", "-c", source, "-o", str(target)]

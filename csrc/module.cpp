@@ -1,6 +1,84 @@
 // Python bindings of sparsemtl._C, and nothing else.
+//
+// Tensors arrive as addresses: sparsemtl.ops takes them from torch, allocates every output and
+// keeps all of it alive for the call. The GIL is released while kernels run.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/isa.h"
+#include "cpu/soft_threshold.h"
+#ifdef SPARSEMTL_CUDA
+#include "cuda/soft_threshold.h"
+#endif
 
 namespace py = pybind11;
+using namespace sparsemtl;
 
-PYBIND11_MODULE(_C, m) { m.doc() = "Native kernels of sparsemtl; sparsemtl.ops is the way in."; }
+namespace {
+
+using Addresses = std::vector<uintptr_t>;
+using Sizes = std::vector<int64_t>;
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+void soft_threshold_forward(int dtype, Addresses weights, Sizes sizes, const Addresses& outs,
+                            double alpha, const Addresses& masks, uintptr_t counts, int threads) {
+  const cpu::Tensors tensors{static_cast<DType>(dtype), std::move(weights), std::move(sizes)};
+  cpu::soft_threshold_forward(tensors, outs, static_cast<float>(alpha), masks,
+                              reinterpret_cast<int64_t*>(counts), threads);
+}
+
+double soft_threshold_backward(int dtype, Addresses weights, Sizes sizes, const Addresses& grads,
+                               const Addresses& grad_weights, double alpha, uintptr_t sums,
+                               int64_t chunks, int threads) {
+  const cpu::Tensors tensors{static_cast<DType>(dtype), std::move(weights), std::move(sizes)};
+  return cpu::soft_threshold_backward(tensors, grads, grad_weights, static_cast<float>(alpha),
+                                      {reinterpret_cast<double*>(sums), chunks}, threads);
+}
+
+#ifdef SPARSEMTL_CUDA
+void bind_cuda(py::module_& m) {
+  m.attr("SOFT_THRESHOLD_CUDA_CHUNK") = cuda::kSoftThresholdChunk;
+  m.def(
+      "soft_threshold_forward_cuda",
+      [](int dtype, const Addresses& weights, const Sizes& sizes, const Addresses& outs,
+         uintptr_t alpha, uintptr_t stream) {
+        cuda::soft_threshold_forward(static_cast<DType>(dtype), weights, sizes, outs, alpha,
+                                     stream);
+      },
+      py::arg("dtype"), py::arg("weights"), py::arg("sizes"), py::arg("outs"), py::arg("alpha"),
+      py::arg("stream"), Unlocked());
+  m.def(
+      "soft_threshold_backward_cuda",
+      [](int dtype, const Addresses& weights, const Sizes& sizes, const Addresses& grads,
+         const Addresses& grad_weights, uintptr_t alpha, uintptr_t sums, uintptr_t grad_alpha,
+         uintptr_t stream) {
+        cuda::soft_threshold_backward(static_cast<DType>(dtype), weights, sizes, grads,
+                                      grad_weights, alpha, sums, grad_alpha, stream);
+      },
+      py::arg("dtype"), py::arg("weights"), py::arg("sizes"), py::arg("grads"),
+      py::arg("grad_weights"), py::arg("alpha"), py::arg("sums"), py::arg("grad_alpha"),
+      py::arg("stream"), Unlocked());
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of sparsemtl; sparsemtl.ops is the way in.";
+  m.def("isa", [] { return std::string(cpu::isa().name); });
+  m.def("usable_isas", &cpu::usable_isas);
+  m.def("force_isa", &cpu::force_isa, py::arg("name"));
+  m.attr("SOFT_THRESHOLD_CHUNK") = cpu::kSoftThresholdChunk;
+  m.def("soft_threshold_forward", &soft_threshold_forward, py::arg("dtype"), py::arg("weights"),
+        py::arg("sizes"), py::arg("outs"), py::arg("alpha"), py::arg("masks"), py::arg("counts"),
+        py::arg("threads"), Unlocked());
+  m.def("soft_threshold_backward", &soft_threshold_backward, py::arg("dtype"), py::arg("weights"),
+        py::arg("sizes"), py::arg("grads"), py::arg("grad_weights"), py::arg("alpha"),
+        py::arg("sums"), py::arg("chunks"), py::arg("threads"), Unlocked());
+#ifdef SPARSEMTL_CUDA
+  bind_cuda(m);
+  m.attr("HAS_CUDA") = true;
+#else
+  m.attr("HAS_CUDA") = false;
+#endif
+}

@@ -1,41 +1,279 @@
-"""Soft threshold of a component's weights, S(W, α) = sign(W) · max(|W| − α, 0)."""
+"""Soft threshold of a component's weights, S(W, α) = sign(W) · max(|W| − α, 0).
+
+A weight is dead if |w| ≤ α and alive otherwise, NaN included: B = not (|W| ≤ α), so that a NaN
+shows instead of becoming a zero. Gradients are exact: grad_W = g · B and
+grad_α = −Σ g · sign(W) · B, the sum over every tensor of the component. Storage is float32,
+bfloat16, float16 or float64; arithmetic is float32, or float64 for float64.
+
+P: number of weights of one tensor. n: number of tensors in the component.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparsemtl.ops import soft_threshold_backends as backends
+from sparsemtl.ops.availability import why_not_cuda, why_not_native, why_not_triton
+from sparsemtl.ops.dispatch import Backend, Op, through_torch
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class ThresholdStats(NamedTuple):
+    """S(W) of a component's tensors, with what is alive in them.
+
+    values:   n tensors, each like its weight
+    nonzeros: [n] int64 on the weights' device, live weights of each tensor
+    bitmasks: n tensors [⌈P / 8⌉] uint8, or None. Bit i % 8 (lowest first) of byte i // 8 is the
+              i-th weight in the order of the values' memory; the last byte is padded with zeros
+    """
+
     values: tuple[Tensor, ...]
     nonzeros: Tensor
     bitmasks: tuple[Tensor, ...] | None
 
 
 def soft_threshold(weight: Tensor, alpha: Tensor) -> Tensor:
-    """Shrink towards zero; weight: any shape, alpha: scalar."""
-    return soft_threshold_reference(weight, alpha)
+    """Shrink a weight towards zero, differentiably in both arguments.
+
+    weight:  any shape, strided, float32, bfloat16, float16 or float64; its memory format is kept
+    alpha:   one value ≥ 0 of a floating type, on the weight's device
+    returns: like weight
+    raises:  TypeError, ValueError for other arguments; BackendUnavailable
+    """
+    if through_torch(weight, alpha):
+        _check("soft_threshold", [weight], alpha)
+        return torch.ops.sparsemtl.soft_threshold(weight, alpha)
+    _check("soft_threshold", [weight], alpha)
+    return _eager([weight], alpha)[0]
 
 
 def soft_threshold_component(weights: Sequence[Tensor], alpha: Tensor) -> tuple[Tensor, ...]:
-    """Shrink every weight of a component by one threshold."""
-    return tuple(soft_threshold_reference(weight, alpha) for weight in weights)
+    """Shrink every tensor of a component by one threshold, in one backend call.
+
+    weights: n ≥ 1 tensors as in `soft_threshold`, of one type, on one device
+    alpha:   one value ≥ 0; its gradient is summed over the tensors in their order, with the same
+             bits at any number of threads
+    returns: n tensors, each like its weight
+    raises:  TypeError, ValueError for other arguments; BackendUnavailable
+    """
+    weights = list(weights)
+    _check("soft_threshold_component", weights, alpha)
+    if through_torch(alpha, *weights):
+        return tuple(torch.ops.sparsemtl.soft_threshold_component(weights, alpha))
+    return _eager(weights, alpha)
 
 
 def soft_threshold_stats(
     weights: Sequence[Tensor], alpha: Tensor, *, bitmask: bool = False
 ) -> ThresholdStats:
-    """Values and number of live weights, without autograd."""
+    """Shrink as `soft_threshold_component` does and count the live weights; without autograd.
+
+    bitmask: whether to return one bit per weight as well
+    """
+    weights = [weight.detach() for weight in weights]
+    _check("soft_threshold_stats", weights, alpha)
+    _check_value("soft_threshold_stats", alpha)
     with torch.no_grad():
-        values = soft_threshold_component(weights, alpha)
-        nonzeros = torch.tensor([int((weight.abs() > alpha).sum()) for weight in weights])
-    return ThresholdStats(values, nonzeros, None)
+        chosen = SOFT_THRESHOLD_STATS.choose(weights, alpha)
+        return ThresholdStats(*chosen.forward(weights, alpha.detach(), bitmask))
 
 
 def soft_threshold_reference(weight: Tensor, alpha: Tensor) -> Tensor:
     """The meaning of soft_threshold: any float dtype and device, differentiated by torch itself."""
-    alpha = alpha.to(weight.dtype)
-    return torch.where(weight.abs() <= alpha, 0.0, weight - alpha * weight.sign())
+    w, a = backends.to_arithmetic(weight), alpha.reshape(())
+    a = a.to(w.dtype)
+    return torch.where(w.abs() <= a, 0.0, w - a * w.sign()).to(weight.dtype)
+
+
+def soft_threshold_bytes(weights: Sequence[Tensor]) -> int:
+    """Memory traffic of forward and backward together: W read twice, S, g and grad_W once each.
+
+    An elementwise op has no multiply-adds to count: torch's FlopCounterMode gives such ops 0, and
+    so do we. Bytes are what bounds it.
+    """
+    return sum(5 * weight.numel() * weight.element_size() for weight in weights)
+
+
+def _check(who: str, weights: Sequence[Tensor], alpha: Tensor) -> None:
+    if not isinstance(alpha, Tensor):
+        raise TypeError(f"{who}: Expected alpha to be a Tensor, got {type(alpha).__name__}")
+    if not weights:
+        raise ValueError(f"{who}: Expected weights to hold at least one tensor, got none")
+    for weight in weights:
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{who}: Expected weight to be a Tensor, got {type(weight).__name__}")
+        if weight.dtype not in _FLOATS or weight.layout is not torch.strided:
+            raise TypeError(
+                f"{who}: Expected weight to be strided float32, bfloat16, float16 or float64, "
+                f"got {weight.layout} {weight.dtype}"
+            )
+        if weight.device != weights[0].device or weight.dtype is not weights[0].dtype:
+            raise ValueError(
+                f"{who}: Expected weights to share one device and dtype, got "
+                f"{weights[0].dtype} on {weights[0].device} and {weight.dtype} on {weight.device}"
+            )
+    device = weights[0].device
+    if alpha.numel() != 1 or alpha.device != device or not alpha.is_floating_point():
+        raise ValueError(
+            f"{who}: Expected alpha to be one floating value on {device}, "
+            f"got {alpha.dtype} of shape {list(alpha.shape)} on {alpha.device}"
+        )
+
+
+def _check_value(who: str, alpha: Tensor) -> None:
+    # On a GPU this would wait for everything before it; there a negative alpha grows weights.
+    if alpha.device.type == "cpu" and alpha.item() < 0:
+        raise ValueError(f"{who}: Expected alpha ≥ 0, got {alpha.item()}")
+
+
+def _eager(weights: list[Tensor], alpha: Tensor) -> tuple[Tensor, ...]:
+    """Call the backend without torch's dispatcher, through autograd only where it is needed."""
+    _check_value("soft_threshold", alpha)
+    if torch.is_grad_enabled() and (alpha.requires_grad or any(w.requires_grad for w in weights)):
+        return _SoftThreshold.apply(alpha, *weights)
+    return SOFT_THRESHOLD.choose(weights, alpha).forward(weights, alpha)
+
+
+class _SoftThreshold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(alpha, *weights)
+        ctx.backend = SOFT_THRESHOLD.choose(weights, alpha)  # a backward may run in another thread
+        return ctx.backend.forward(weights, alpha)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        alpha, *weights = ctx.saved_tensors
+        used = [i for i, grad in enumerate(grads) if grad is not None]  # others add nothing
+        if not used:
+            return (None,) * (1 + len(weights))
+        found, grad_alpha = ctx.backend.backward(
+            [weights[i] for i in used], alpha, [grads[i] for i in used]
+        )
+        grad_weights: list[Tensor | None] = [None] * len(weights)
+        for i, grad_weight in zip(used, found, strict=True):
+            grad_weights[i] = grad_weight if ctx.needs_input_grad[1 + i] else None
+        return (grad_alpha if ctx.needs_input_grad[0] else None, *grad_weights)
+
+
+# torch.library: what torch.compile, torch.export and dispatch modes see.
+
+
+@torch.library.custom_op("sparsemtl::soft_threshold_component", mutates_args=())
+def _component(weights: list[Tensor], alpha: Tensor) -> list[Tensor]:
+    _check_value("soft_threshold", alpha)
+    return list(SOFT_THRESHOLD.choose(weights, alpha).forward(weights, alpha))
+
+
+@torch.library.custom_op("sparsemtl::soft_threshold_component_backward", mutates_args=())
+def _component_backward(
+    weights: list[Tensor], alpha: Tensor, grads: list[Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    chosen = SOFT_THRESHOLD.choose(weights, alpha)
+    assert chosen.backward is not None
+    grad_weights, grad_alpha = chosen.backward(weights, alpha, grads)
+    return list(grad_weights), grad_alpha
+
+
+@torch.library.custom_op("sparsemtl::soft_threshold", mutates_args=())
+def _single(weight: Tensor, alpha: Tensor) -> Tensor:
+    return _component._init_fn([weight], alpha)[0]
+
+
+@torch.library.custom_op("sparsemtl::soft_threshold_backward", mutates_args=())
+def _single_backward(weight: Tensor, alpha: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    grad_weights, grad_alpha = _component_backward._init_fn([weight], alpha, [grad])
+    return grad_weights[0], grad_alpha
+
+
+@_component.register_fake
+def _(weights: list[Tensor], alpha: Tensor) -> list[Tensor]:
+    return [torch.empty_like(weight) for weight in weights]
+
+
+@_component_backward.register_fake
+def _(
+    weights: list[Tensor], alpha: Tensor, grads: list[Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    return [torch.empty_like(weight) for weight in weights], torch.empty_like(alpha)
+
+
+@_single.register_fake
+def _(weight: Tensor, alpha: Tensor) -> Tensor:
+    return torch.empty_like(weight)
+
+
+@_single_backward.register_fake
+def _(weight: Tensor, alpha: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight), torch.empty_like(alpha)
+
+
+def _save_component(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    weights, alpha = inputs
+    ctx.save_for_backward(alpha, *weights)
+
+
+def _differentiate_component(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, Any]:
+    alpha, *weights = ctx.saved_tensors
+    dense = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads, strict=True)]
+    return torch.ops.sparsemtl.soft_threshold_component_backward(weights, alpha, dense)
+
+
+def _save_single(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_single(ctx: Any, grad: Tensor) -> tuple[Any, Any]:
+    return torch.ops.sparsemtl.soft_threshold_backward(*ctx.saved_tensors, grad)
+
+
+_component.register_autograd(_differentiate_component, setup_context=_save_component)
+_single.register_autograd(_differentiate_single, setup_context=_save_single)
+
+
+def _unless(why_not_device: Any) -> Any:
+    """Turn a question about one tensor into `why_not` of this op's arguments."""
+
+    def why_not(weights: Sequence[Tensor] = (), alpha: Tensor | None = None, *_: Any) -> str | None:
+        return why_not_device(weights[0] if weights else None)
+
+    return why_not
+
+
+def _never(*_: Any) -> None:
+    return None
+
+
+def _reference(weights: Sequence[Tensor], alpha: Tensor) -> tuple[Tensor, ...]:
+    return tuple(soft_threshold_reference(weight, alpha) for weight in weights)
+
+
+def _reference_stats(weights: Sequence[Tensor], alpha: Tensor, bitmask: bool) -> tuple[Any, ...]:
+    return (_reference(weights, alpha), *backends.count_reference(weights, alpha, bitmask))
+
+
+SOFT_THRESHOLD = Op(
+    "soft_threshold",
+    (
+        Backend("triton", backends.triton, backends.triton_backward, _unless(why_not_triton)),
+        Backend("cuda", backends.cuda, backends.cuda_backward, _unless(why_not_cuda)),
+        Backend("native", backends.native, backends.native_backward, _unless(why_not_native)),
+        Backend("reference", _reference, backends.reference_backward, _never),
+    ),
+)
+SOFT_THRESHOLD_STATS = Op(
+    "soft_threshold_stats",
+    (
+        Backend("triton", backends.triton_stats, None, _unless(why_not_triton)),
+        Backend("native", backends.native_stats, None, _unless(why_not_native)),
+        Backend("reference", _reference_stats, None, _never),
+    ),
+)

@@ -1,0 +1,27 @@
+// The kernels for AVX-512 (F, BW, VL, DQ); setup.py gives this file its flags, and no other.
+#include <immintrin.h>
+
+#include "cpu/isa.h"
+
+#define SPARSEMTL_ISA_AVX512
+
+namespace sparsemtl::cpu {
+namespace {
+
+#include "cpu/vec.h"
+// after vec.h, which they use
+#include "cpu/soft_threshold.inc.h"
+
+}  // namespace
+
+const Kernels& kernels_avx512() {
+  static constexpr Kernels kernels = {
+      "avx512",
+      {{&soft_threshold_forward<float>, &soft_threshold_backward<float>},
+       {&soft_threshold_forward<Bf16>, &soft_threshold_backward<Bf16>},
+       {&soft_threshold_forward<Half>, &soft_threshold_backward<Half>}},
+  };
+  return kernels;
+}
+
+}  // namespace sparsemtl::cpu

@@ -1,0 +1,23 @@
+// The kernels for any machine that C++17 compiles for.
+#include "cpu/isa.h"
+
+namespace sparsemtl::cpu {
+namespace {
+
+#include "cpu/vec.h"
+// after vec.h, which they use
+#include "cpu/soft_threshold.inc.h"
+
+}  // namespace
+
+const Kernels& kernels_generic() {
+  static constexpr Kernels kernels = {
+      "generic",
+      {{&soft_threshold_forward<float>, &soft_threshold_backward<float>},
+       {&soft_threshold_forward<Bf16>, &soft_threshold_backward<Bf16>},
+       {&soft_threshold_forward<Half>, &soft_threshold_backward<Half>}},
+  };
+  return kernels;
+}
+
+}  // namespace sparsemtl::cpu

@@ -1,0 +1,203 @@
+"""How each backend computes soft_threshold; the op itself stands in soft_threshold.py.
+
+Every function takes the tensors of a whole component. Outputs come from `torch.empty*`, so that a
+test that poisons fresh memory sees what a kernel leaves unwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparsemtl.ops.availability import DTYPES, native_module
+from sparsemtl.ops.layout import dense, laid_out_like
+
+Tensors = Sequence[Tensor]
+Gradients = tuple[tuple[Tensor, ...], Tensor]  # of each weight; of alpha
+Stats = tuple[tuple[Tensor, ...], Tensor, "tuple[Tensor, ...] | None"]  # fields of ThresholdStats
+
+TRITON_BLOCK = 1024  # weights of one program: 8 values in each lane of four warps
+
+
+def to_arithmetic(tensor: Tensor) -> Tensor:
+    """Widen storage types to float32; leave float32 and float64 as they are."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+# Reference: the gradients of soft_threshold_reference, written out.
+
+
+def reference_backward(weights: Tensors, alpha: Tensor, grads: Tensors) -> Gradients:
+    grad_weights, total = [], torch.zeros((), dtype=torch.float64, device=alpha.device)
+    for weight, grad in zip(weights, grads, strict=True):
+        w = to_arithmetic(weight)
+        masked = torch.where(w.abs() <= alpha.reshape(()).to(w.dtype), 0.0, to_arithmetic(grad))
+        total = total - (masked * w.sign()).sum(dtype=torch.float64)
+        grad_weights.append(laid_out_like(masked.to(weight.dtype), torch.empty_like(weight)))
+    return tuple(grad_weights), total.to(alpha.dtype).reshape(alpha.shape)
+
+
+def count_reference(
+    weights: Tensors, alpha: Tensor, bitmask: bool
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Live weights of each tensor and, if asked for, their bits; see ThresholdStats."""
+    alive = []
+    for weight in weights:
+        w = to_arithmetic(dense(weight))
+        in_memory = w.as_strided((w.numel(),), (1,))
+        alive.append(~(in_memory.abs() <= alpha.reshape(()).to(w.dtype)))
+    counts = torch.stack([a.sum() for a in alive])
+    return counts, tuple(_pack_bits(a) for a in alive) if bitmask else None
+
+
+def _pack_bits(alive: Tensor) -> Tensor:
+    padded = torch.zeros(-(-alive.numel() // 8) * 8, dtype=torch.uint8, device=alive.device)
+    padded[: alive.numel()] = alive
+    place = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=alive.device)
+    return (padded.view(-1, 8) * place).sum(1, dtype=torch.uint8)
+
+
+# Native: csrc/cpu/soft_threshold.cpp.
+
+
+def _addresses(tensors: Tensors) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def native(weights: Tensors, alpha: Tensor) -> tuple[Tensor, ...]:
+    return _native_forward(weights, alpha, None, ())
+
+
+def native_stats(weights: Tensors, alpha: Tensor, bitmask: bool) -> Stats:
+    counts = torch.empty(len(weights), dtype=torch.int64)
+    masks = tuple(torch.empty(-(-w.numel() // 8), dtype=torch.uint8) for w in weights)
+    values = _native_forward(weights, alpha, counts, masks if bitmask else ())
+    return values, counts, masks if bitmask else None
+
+
+def _native_forward(
+    weights: Tensors, alpha: Tensor, counts: Tensor | None, masks: Tensors
+) -> tuple[Tensor, ...]:
+    weights = [dense(weight) for weight in weights]  # named: an address borrows, it does not own
+    values = tuple([torch.empty_like(weight) for weight in weights])
+    native_module().soft_threshold_forward(
+        DTYPES[weights[0].dtype],
+        _addresses(weights),
+        [weight.numel() for weight in weights],
+        _addresses(values),
+        alpha.item(),
+        _addresses(masks),
+        0 if counts is None else counts.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return values
+
+
+def native_backward(weights: Tensors, alpha: Tensor, grads: Tensors) -> Gradients:
+    weights = [dense(weight) for weight in weights]
+    grads = [laid_out_like(grad, weight) for grad, weight in zip(grads, weights, strict=True)]
+    grad_weights = tuple([torch.empty_like(weight) for weight in weights])
+    sizes = [weight.numel() for weight in weights]
+    chunks = sum(-(-size // native_module().SOFT_THRESHOLD_CHUNK) for size in sizes)
+    sums = torch.empty(chunks, dtype=torch.float64)
+    grad_alpha = native_module().soft_threshold_backward(
+        DTYPES[weights[0].dtype],
+        _addresses(weights),
+        sizes,
+        _addresses(grads),
+        _addresses(grad_weights),
+        alpha.item(),
+        sums.data_ptr(),
+        chunks,
+        torch.get_num_threads(),
+    )
+    return grad_weights, torch.full_like(alpha, grad_alpha)
+
+
+# Triton: kernels/soft_threshold.py. Imported at first use: triton takes long to load.
+
+
+def triton(weights: Tensors, alpha: Tensor) -> tuple[Tensor, ...]:
+    from sparsemtl.kernels.soft_threshold import soft_threshold_fwd
+
+    weights = [dense(weight) for weight in weights]
+    values = tuple(torch.empty_like(weight) for weight in weights)
+    soft_threshold_fwd(weights, alpha, values, TRITON_BLOCK)
+    return values
+
+
+def triton_stats(weights: Tensors, alpha: Tensor, bitmask: bool) -> Stats:
+    from sparsemtl.kernels.soft_threshold import block_table, soft_threshold_fwd
+
+    weights = [dense(weight) for weight in weights]
+    device = alpha.device
+    values = tuple(torch.empty_like(weight) for weight in weights)
+    masks = tuple(
+        torch.empty(-(-weight.numel() // 8), dtype=torch.uint8, device=device) for weight in weights
+    )
+    owner = block_table(tuple(w.numel() for w in weights), TRITON_BLOCK, device)[0]
+    live = torch.empty(len(owner), dtype=torch.int64, device=device)  # of each block
+    soft_threshold_fwd(weights, alpha, values, TRITON_BLOCK, live, masks if bitmask else ())
+    counts = torch.zeros(len(weights), dtype=torch.int64, device=device)
+    counts.index_add_(0, owner, live)  # integers: exact in any order
+    return values, counts, masks if bitmask else None
+
+
+def triton_backward(weights: Tensors, alpha: Tensor, grads: Tensors) -> Gradients:
+    from sparsemtl.kernels.soft_threshold import soft_threshold_bwd
+
+    weights = [dense(weight) for weight in weights]
+    grads = [laid_out_like(grad, weight) for grad, weight in zip(grads, weights, strict=True)]
+    grad_weights = tuple(torch.empty_like(weight) for weight in weights)
+    blocks = sum(-(-weight.numel() // TRITON_BLOCK) for weight in weights)
+    partials = torch.empty(blocks, dtype=torch.float32, device=alpha.device)
+    soft_threshold_bwd(weights, alpha, grads, grad_weights, partials, TRITON_BLOCK)
+    total = partials.sum(dtype=torch.float64)  # one order for one shape, no atomics
+    return grad_weights, (-total).to(alpha.dtype).reshape(alpha.shape)
+
+
+# CUDA C++: csrc/cuda/soft_threshold.cu.
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def cuda(weights: Tensors, alpha: Tensor) -> tuple[Tensor, ...]:
+    weights, threshold = [dense(weight) for weight in weights], alpha.float()
+    values = tuple(torch.empty_like(weight) for weight in weights)
+    with torch.cuda.device(alpha.device):
+        native_module().soft_threshold_forward_cuda(
+            DTYPES[weights[0].dtype],
+            _addresses(weights),
+            [weight.numel() for weight in weights],
+            _addresses(values),
+            threshold.data_ptr(),
+            _stream(alpha.device),
+        )
+    return values
+
+
+def cuda_backward(weights: Tensors, alpha: Tensor, grads: Tensors) -> Gradients:
+    weights, threshold = [dense(weight) for weight in weights], alpha.float()
+    grads = [laid_out_like(grad, weight) for grad, weight in zip(grads, weights, strict=True)]
+    grad_weights = tuple(torch.empty_like(weight) for weight in weights)
+    sizes = [weight.numel() for weight in weights]
+    chunks = sum(-(-size // native_module().SOFT_THRESHOLD_CUDA_CHUNK) for size in sizes)
+    sums = torch.empty(chunks, dtype=torch.float64, device=alpha.device)
+    total = torch.empty((), dtype=torch.float64, device=alpha.device)
+    with torch.cuda.device(alpha.device):
+        native_module().soft_threshold_backward_cuda(
+            DTYPES[weights[0].dtype],
+            _addresses(weights),
+            sizes,
+            _addresses(grads),
+            _addresses(grad_weights),
+            threshold.data_ptr(),
+            sums.data_ptr(),
+            total.data_ptr(),
+            _stream(alpha.device),
+        )
+    return grad_weights, total.to(alpha.dtype).reshape(alpha.shape)
