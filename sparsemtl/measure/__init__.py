@@ -4,8 +4,8 @@ from sparsemtl.measure.environment import environment, machine_line
 from sparsemtl.measure.flops import FlopReport, LayerFlops, Work, count_flops
 from sparsemtl.measure.memory import (
     MemoryPeak,
-    peak_resident_bytes,
-    resident_bytes,
+    peak_rss_bytes,
+    rss_bytes,
     track_peak,
 )
 
@@ -17,7 +17,7 @@ __all__ = [
     "count_flops",
     "environment",
     "machine_line",
-    "peak_resident_bytes",
-    "resident_bytes",
+    "peak_rss_bytes",
+    "rss_bytes",
     "track_peak",
 ]

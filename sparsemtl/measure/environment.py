@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparsemtl.ops.native import native_module, why_not_native
+from sparsemtl.ops.availability import native_module, why_not_native
 
 _CPUINFO = Path("/proc/cpuinfo")
 _PACKAGES = ("torch", "triton", "numpy", "torchmetrics", "torchjd", "safetensors")

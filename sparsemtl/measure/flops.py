@@ -99,7 +99,7 @@ class FlopReport:
             sums[layer.component] = sums.get(layer.component, Work()) + layer.work
         return sums
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return plain numbers and strings, ready for JSON."""
         return {
             "input": list(self.input),

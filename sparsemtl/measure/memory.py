@@ -29,12 +29,12 @@ class MemoryPeak:
     since_start: bool = True
 
 
-def resident_bytes() -> int | None:
+def rss_bytes() -> int | None:
     """Resident set of this process now; None where the system does not tell."""
     return _status("VmRSS")
 
 
-def peak_resident_bytes() -> int | None:
+def peak_rss_bytes() -> int | None:
     """Largest resident set of this process since its start or the last reset."""
     peak = _status("VmHWM")
     return _peak_from_rusage() if peak is None else peak
@@ -49,7 +49,7 @@ def track_peak() -> Iterator[MemoryPeak]:
     try:
         yield peak
     finally:
-        peak.resident = peak_resident_bytes()
+        peak.resident = peak_rss_bytes()
         if torch.cuda.is_available():
             peak.cuda = torch.cuda.max_memory_allocated()
 
