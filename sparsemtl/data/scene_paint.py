@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsemtl.data.scene_builder import MATERIALS
-from sparsemtl.data.scene_geometry import BOX, CURVED, Floats, Hits, Primitives, Surface
+from sparsemtl.data.scene_geometry import BOX, CURVED, Floats, Hits, Primitives, Surface, dot
 from sparsemtl.data.scene_rooms import Room
 
 Singles = npt.NDArray[np.float32]
@@ -105,8 +105,8 @@ def _light(room: Room, normal: Singles, world: Singles) -> Singles:
 
 
 def _facing(normal: Singles, towards: Singles, fading: float) -> Singles:
-    square = (towards * towards).sum(axis=1)
-    cosine = (normal * towards).sum(axis=1) / np.sqrt(square + 1e-6)
+    square = dot(towards, towards)
+    cosine = dot(normal, towards) / np.sqrt(square + 1e-6)
     return np.asarray((0.15 + 0.85 * np.maximum(cosine, 0.0)) / (1.0 + fading * square))
 
 

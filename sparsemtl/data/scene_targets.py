@@ -10,7 +10,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from sparsemtl.data.scene_geometry import Camera, Floats, Hits, Primitives, Surface, corners
+from sparsemtl.data.scene_geometry import Camera, Floats, Hits, Primitives, Surface, corners, dot
 from sparsemtl.data.scene_paint import room_rows
 from sparsemtl.data.scene_rooms import Room
 
@@ -43,10 +43,8 @@ def edges(points: Floats, normals: Floats, sigma: float) -> npt.NDArray[np.float
         here[axis], there[axis] = slice(None, -1), slice(1, None)
         p, q = tuple(here), tuple(there)
         step, bend = points[q] - points[p], normals[q] - normals[p]
-        crease = np.sqrt((bend * bend).sum(axis=2) / 2.0)
-        off = np.maximum(
-            np.abs((normals[p] * step).sum(axis=2)), np.abs((normals[q] * step).sum(axis=2))
-        )
+        crease = np.sqrt(dot(bend, bend) / 2.0)
+        off = np.maximum(np.abs(dot(normals[p], step)), np.abs(dot(normals[q], step)))
         occlusion = off / (_OCCLUSION * np.minimum(points[p][..., 1], points[q][..., 1]))
         edge = np.minimum(np.maximum(crease, occlusion), 1.0)
         np.maximum(strength[p], edge, out=strength[p])

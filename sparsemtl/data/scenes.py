@@ -166,7 +166,7 @@ def render(config: ScenesConfig, split: str, index: int) -> Frame:
     height, width, fine = config.height, config.width, config.antialias
     camera = room.camera
     hits = cast(room.solids, camera, height, width)
-    seen = surface(room.solids, camera, hits, height, width)
+    seen = surface(room.solids, camera, hits)
     points = camera.rays(height, width) * hits.depth.reshape(height, width, 1)
     normals = camera.to_camera(seen.normal).reshape(height, width, 3)
     depth = hits.depth.reshape(height, width)
@@ -196,9 +196,8 @@ def _picture(
 ) -> npt.NDArray[np.uint8]:
     if hits is None or seen is None:
         hits = cast(room.solids, room.camera, height, width)
-        seen = surface(room.solids, room.camera, hits, height, width)
-    rays = room.camera.to_world(room.camera.rays(height, width)).reshape(-1, 3)
-    world = room.camera.position + hits.depth[:, None] * rays
+        seen = surface(room.solids, room.camera, hits)
+    world = room.camera.position + hits.depth[:, None] * hits.ray
     noise = generator.standard_normal((height * width, 3), dtype=np.float32)
     return paint(room, hits, seen, world, noise).reshape(height, width, 3)
 
