@@ -81,8 +81,7 @@ class AdapMTL(Method):
 
     def on_step(self, state: StepState) -> None:
         theta, controller = self.sparsity.theta, self.controller
-        ramping = controller.start < state.step < controller.end
-        if self.joint and ramping and not self.sparsity.frozen and theta.grad is not None:
+        if self.joint and controller.steering and theta.grad is not None:
             if self._slopes is None or (state.step - controller.start) % controller.every == 0:
                 histograms = [
                     MagnitudeHistogram.of(self.sparsity.weights(g))

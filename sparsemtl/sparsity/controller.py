@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsemtl.sparsity.mask import check_sparsity, kept_count, top_masks
 from sparsemtl.sparsity.sparsify import Sparsity
-from sparsemtl.sparsity.stats import MagnitudeHistogram
+from sparsemtl.sparsity.stats import MagnitudeHistogram, count_dead, overall_sparsity
 
 CONTROLS = ("exact", "free")
 
@@ -68,12 +68,18 @@ class Controller:
         self.every = max(1, (self.end - self.start) // config.solves)
         self._common: float | None = None  # θ̄ as last solved
 
+    @property
+    def steering(self) -> bool:
+        """Whether the ramp has begun and the mask is still open."""
+        return self._common is not None and not self.sparsity.frozen
+
     def on_step(self, step: int) -> None:
         """After the optimizer's step number `step` (from 1)."""
         if self.sparsity.frozen:
             return
         if self.config.control == "free":
-            if overall_dead_fraction(self.sparsity) >= self.target > 0.0 or step >= self.steps:
+            reached = overall_sparsity(count_dead(self.sparsity)) >= self.target > 0.0
+            if reached or step >= self.steps:
                 freeze_survivors(self.sparsity)
             return
         if step >= self.end:
@@ -93,12 +99,12 @@ class Controller:
         shift = solve_common_shift(histograms, theta, sparsity)
         with torch.no_grad():
             self.sparsity.theta += shift
-        self._common = float(self.sparsity.theta.mean())
+        self._common = self.sparsity.theta.detach().mean().item()
 
     def _hold_common_level(self) -> None:
         assert self._common is not None
         with torch.no_grad():
-            self.sparsity.theta += self._common - self.sparsity.theta.mean()
+            self.sparsity.theta += self._common - self.sparsity.theta.mean().item()
 
     def state_dict(self) -> dict[str, Any]:
         return {"common": self._common}
@@ -122,18 +128,6 @@ def solve_common_shift(
         dead = sum(h.count_below(a) for h, a in zip(histograms, alpha, strict=True))
         low, high = (low, middle) if dead >= sparsity * total else (middle, high)
     return 0.5 * (low + high)
-
-
-def overall_dead_fraction(sparsity: Sparsity) -> float:
-    """Fraction of S(W, α) that is zero, over all groups."""
-    with torch.no_grad():
-        alpha = torch.sigmoid(sparsity.theta)
-        dead = total = 0
-        for g in range(len(sparsity.groups)):
-            for weight in sparsity.weights(g):
-                dead += int((weight.abs() <= alpha[g]).sum())
-                total += weight.numel()
-    return dead / total
 
 
 def freeze_exactly(sparsity: Sparsity, target: float) -> None:

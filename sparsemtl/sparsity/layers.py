@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sparsemtl.models.component import Component
+
 if TYPE_CHECKING:
     from sparsemtl.sparsity.sparsify import Slot
 
@@ -47,3 +49,9 @@ SPARSE_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: SparseLinear,
 }
 DENSE_LAYERS = {sparse: dense for dense, sparse in SPARSE_LAYERS.items()}
+
+
+def unique_layers(component: Component) -> list[tuple[str, nn.Module]]:
+    """The layers of a component, one for each distinct weight."""
+    first = {id(module.weight): (name, module) for name, module in reversed(component.layers)}
+    return [pair for pair in component.layers if first[id(pair[1].weight)][0] == pair[0]]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsemtl.models.component import Component, find_components, merge_components
 from sparsemtl.ops.soft_threshold import soft_threshold, soft_threshold_component
-from sparsemtl.sparsity.layers import DENSE_LAYERS, SPARSE_LAYERS, SparseLayer
+from sparsemtl.sparsity.layers import DENSE_LAYERS, SPARSE_LAYERS, SparseLayer, unique_layers
 
 GROUPINGS = ("component", "one", "two", "layer")
 
@@ -76,6 +76,13 @@ class Sparsity(nn.Module):
             return torch.where(self.masks[group][place], weight, weight.new_zeros(()))
         return soft_threshold(weight, torch.sigmoid(self.theta[group]))
 
+    def dead_count(self, group: int, place: int) -> int:
+        """How many weights of one layer are dead now."""
+        weight = self.weights(group)[place]
+        if self.masks is not None:
+            return weight.numel() - int(self.masks[group][place].sum())
+        return int((weight.detach().abs() <= torch.sigmoid(self.theta[group])).sum())
+
     def compute_values(self) -> None:
         """Threshold every group, one op call each, and keep S(W, α) until `drop_values`."""
         if self.frozen:
@@ -119,18 +126,11 @@ class Sparsity(nn.Module):
 
     def effective_weights(self) -> Iterator[tuple[str, str, Tensor]]:
         """(component, layer name, effective weight, detached) of every prunable layer."""
-        places = {
-            id(module): (g, i)
-            for g, group in enumerate(self.groups.values())
-            for i, (_, module) in enumerate(group.layers)
-        }
         with torch.no_grad():
             for name, component in self.components.items():
-                for layer, module in component.layers:
-                    group, place = places[id(module)]
-                    weight = module.weight
-                    assert isinstance(weight, Tensor)
-                    yield name, layer, self.effective_weight(group, place, weight).detach()
+                for layer, module in unique_layers(component):
+                    assert isinstance(module, SparseLayer)
+                    yield name, layer, module.effective_weight().detach()
 
     def resume_state(self) -> dict[str, Any]:
         """θ and the masks, for a checkpoint. (The model's own state dict stays a dense model's.)"""
@@ -193,9 +193,10 @@ def sparsify(
     device = next(iter(next(iter(found.values())).weights)).device
     sparsity.to(device)
     for g, group in enumerate(groups.values()):
-        for place, (_, module) in enumerate(group.layers):
+        place = {id(weight): i for i, weight in enumerate(group.weights)}
+        for _, module in group.layers:
             module.__class__ = SPARSE_LAYERS[type(module)]
-            module.slot = Slot(sparsity, g, place)  # type: ignore[assignment]
+            module.slot = Slot(sparsity, g, place[id(module.weight)])  # type: ignore[assignment]
     model.sparsity = sparsity
     model.register_forward_pre_hook(_compute_values)
     model.register_forward_hook(_drop_values, always_call=True)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsemtl.models.component import Component
+
+from sparsemtl.sparsity.layers import SparseLayer, unique_layers
+
+if TYPE_CHECKING:
+    from sparsemtl.sparsity.sparsify import Sparsity
 
 SHIFT = 15  # keeps a float's exponent and 8 bits of its mantissa: bins 0.4 % wide
 BINS = 0x7F800000 >> SHIFT
@@ -47,6 +52,25 @@ class MagnitudeHistogram:
         return below + (upto - below) * rest
 
 
+def count_dead(sparsity: Sparsity) -> dict[str, tuple[int, int]]:
+    """Component → (dead weights, weights), counted without forming S(W, α)."""
+    counts = {}
+    with torch.no_grad():
+        for name, component in sparsity.components.items():
+            dead = total = 0
+            for _, module in unique_layers(component):
+                assert isinstance(module, SparseLayer) and module.slot is not None
+                dead += sparsity.dead_count(module.slot.group, module.slot.place)
+                total += module.weight.numel()
+            counts[name] = (dead, total)
+    return counts
+
+
+def overall_sparsity(counts: Mapping[str, tuple[int, int]]) -> float:
+    """Dead weights over weights, of all components together."""
+    return sum(d for d, _ in counts.values()) / max(1, sum(n for _, n in counts.values()))
+
+
 @dataclass(frozen=True)
 class SparsityReport:
     """Zeros of the prunable weights. Biases and batch norm are in `all_parameters` only."""
@@ -76,7 +100,7 @@ def sparsity_report(model: nn.Module, components: Mapping[str, Component]) -> Sp
         rows = [
             (name, layer, module.weight.detach())
             for name, component in components.items()
-            for layer, module in component.layers
+            for layer, module in unique_layers(component)
         ]
     zeros = dict.fromkeys(components, 0)
     sizes = dict.fromkeys(components, 0)

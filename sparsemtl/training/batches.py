@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sparsemtl.data.base import collate
+
 Place = tuple[int, int]  # (index, epoch)
 
 
@@ -61,17 +63,17 @@ def training_batches(
 ) -> Iterator[Any]:
     """Collated batches from number `start` on.   workers: loader processes, 0 for none"""
     stream = BatchStream(len(dataset), batch_size, seed, start, stop)
-    return iter(_loader(_Placed(dataset), stream, dataset.collate, workers))
+    return iter(_loader(_Placed(dataset), stream, workers))
 
 
 def evaluation_batches(dataset: Any, batch_size: int, workers: int = 0) -> Iterator[Any]:
     """Every sample once, in order, unaugmented; the last batch may be smaller."""
     places = [(i, 0) for i in range(len(dataset))]
     batches = [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
-    return iter(_loader(_Placed(dataset), batches, dataset.collate, workers))
+    return iter(_loader(_Placed(dataset), batches, workers))
 
 
-def _loader(dataset: Dataset[Any], batches: Any, collate: Any, workers: int) -> DataLoader[Any]:
+def _loader(dataset: Dataset[Any], batches: Any, workers: int) -> DataLoader[Any]:
     return DataLoader(
         dataset,
         batch_sampler=batches,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -39,8 +40,8 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomic, indented, keys in the order given."""
-    text = json.dumps(value, indent=2, allow_nan=True) + "\n"
+    """Atomic, indented, keys in the order given; NaN and inf, which JSON lacks, become null."""
+    text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
     atomic_write(path, lambda file: _write_all(file, text.encode()))
 
 
@@ -92,6 +93,14 @@ def check_same_model(path: Path, expected: Mapping[str, Any], found: Mapping[str
                 f"{path} is a checkpoint of another model: Expected {key} of shape "
                 f"{tuple(value.shape)}, got {tuple(found[key].shape)}"
             )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:

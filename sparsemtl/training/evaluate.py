@@ -43,13 +43,20 @@ def evaluate_constant(
     limit: int = 256,
 ) -> Metrics:
     """The metrics of predicting each task's best constant, learned from `limit` training frames."""
-    predictors = {name: task.constant_predictor() for name, task in tasks.items()}
-    for batch in evaluation_batches(_First(train_set, limit), batch_size, workers):
-        for name, predictor in predictors.items():
-            predictor.update(batch.targets[name], batch.valid[name])
+    first = _First(train_set, limit)
+    constants = {
+        name: task.constant_predictor(
+            (batch.targets[name], batch.valid[name])
+            for batch in evaluation_batches(first, batch_size, workers)
+        )
+        for name, task in tasks.items()
+    }
     with torch.no_grad():
         return _measure(
-            lambda b: {n: p.predict(b.targets[n]) for n, p in predictors.items()},
+            lambda batch: {
+                name: constant(len(batch.image), *batch.image.shape[-2:])
+                for name, constant in constants.items()
+            },
             tasks,
             test_set,
             torch.device("cpu"),
@@ -69,9 +76,6 @@ class _First:
 
     def sample(self, index: int, epoch: int) -> Any:
         return self.dataset.sample(index, epoch)
-
-    def collate(self, samples: Any) -> Any:
-        return self.dataset.collate(samples)
 
 
 def _measure(

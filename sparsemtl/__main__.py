@@ -1,0 +1,7 @@
+"""`python -m sparsemtl` is `sparsemtl`."""
+
+import sys
+
+from sparsemtl.cli import main
+
+sys.exit(main())

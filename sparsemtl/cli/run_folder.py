@@ -1,0 +1,149 @@
+"""A run folder: what a training run reads, writes and leaves behind.
+
+    config.json      the whole configuration; a run can be repeated or resumed from it
+    metrics.jsonl    one line per step
+    checkpoints/     the last two, for --resume
+    model/           model.safetensors (dense with zeros, ordinary torch keys) and config.json
+    summary.json     results
+    plots/           pictures, where matplotlib is installed
+    baseline/        the dense twin's own run folder, where one was asked for
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from sparsemtl import config as configs
+from sparsemtl.config import RunConfig
+from sparsemtl.data import build_dataset
+from sparsemtl.errors import CheckpointError
+from sparsemtl.models.config import ModelConfig, build_model
+from sparsemtl.tasks import Task, make_task
+from sparsemtl.training.checkpoint import atomic_write, check_same_model, write_json
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        return self.root / "model" / "model.safetensors"
+
+    @property
+    def model_config(self) -> Path:
+        return self.root / "model" / "config.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
+    def plots(self) -> Path:
+        return self.root / "plots"
+
+    @property
+    def baseline(self) -> RunFolder:
+        return RunFolder(self.root / "baseline")
+
+    def create(self, config: RunConfig) -> None:
+        """Start a new run here.   raises: ValueError if the folder holds anything already."""
+        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+            hint = f"; `--resume {self.root}` continues it" if self.config.exists() else ""
+            raise ValueError(f"Expected --out to be a new or empty folder, got {self.root}{hint}")
+        write_json(self.config, configs.to_json(config))
+
+    def load_config(self) -> RunConfig:
+        """raises: ValueError if this is no run folder or its config.json is damaged."""
+        return configs.from_json(read_json(self.config, "a run folder"))
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """raises: ValueError naming the file if it is missing or no JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"Expected {path.parent} to be {what} with {path.name}, got no such file"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"Expected JSON in {path}, got damaged text: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"Expected a JSON object in {path}, got {type(value).__name__}")
+    return value
+
+
+def build_tasks(config: RunConfig, dataset: Any) -> dict[str, Task]:
+    """The run's tasks, in its order, for what the data set offers."""
+    tasks = {}
+    for name in config.tasks:
+        spec = dataset.spec.targets[name]
+        tasks[name] = make_task(name, spec.kind, spec.channels)
+    return tasks
+
+
+def build_split(config: RunConfig, split: str) -> Any:
+    """One split of the run's data set, with the run's tasks."""
+    return build_dataset(config.data, split, list(config.tasks))
+
+
+def save_model(folder: RunFolder, model: nn.Module, config: RunConfig, heads: dict[str, int]) -> None:
+    """Write the finished model: the same weights give the same bytes."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    data = save(tensors, metadata={"format": "pt"})
+    atomic_write(folder.weights, lambda file: _write(file, data))
+    plain = configs.to_json(config)
+    write_json(
+        folder.model_config,
+        {"format": 1, "model": plain["model"], "heads": heads, "data": plain["data"]},
+    )
+
+
+def load_model(folder: RunFolder) -> nn.Module:
+    """The finished model of a run, in eval mode.
+
+    raises: ValueError if the run has none yet; CheckpointError if the weights are not its model's
+    """
+    if not folder.weights.exists():
+        raise ValueError(
+            f"Expected a finished run in {folder.root} (model/model.safetensors), got none; "
+            f"`sparsemtl train --resume {folder.root}` finishes it"
+        )
+    saved = read_json(folder.model_config, "a model folder")
+    fields = dict(saved["model"])
+    fields["rates"] = tuple(fields["rates"])
+    model = build_model(ModelConfig(**fields), saved["heads"])
+    try:
+        tensors: Mapping[str, torch.Tensor] = load_file(folder.weights)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder.weights} is not a readable model: {error}") from error
+    check_same_model(folder.weights, model.state_dict(), tensors)
+    model.load_state_dict(dict(tensors))
+    return model.eval()
+
+
+def _write(file: Any, data: bytes) -> None:
+    file.write(data)

@@ -1,0 +1,240 @@
+"""Carries a RunConfig from data to summary: build, train, finalise, measure, compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsemtl import config as configs
+from sparsemtl.cli.run_folder import RunFolder, build_split, build_tasks, read_json, save_model
+from sparsemtl.config import RunConfig
+from sparsemtl.errors import CheckpointError
+from sparsemtl.measure.environment import environment
+from sparsemtl.measure.flops import count_flops
+from sparsemtl.measure.memory import peak_rss_bytes
+from sparsemtl.methods import build_method, method_name
+from sparsemtl.models.config import build_model
+from sparsemtl.sparsity.stats import sparsity_report
+from sparsemtl.tasks.delta import delta
+from sparsemtl.training import runtime
+from sparsemtl.training.callbacks import Checkpointer, Evaluator, MetricsLog, StopOnSignal, every
+from sparsemtl.training.checkpoint import checkpoints, load_checkpoint, write_json
+from sparsemtl.training.evaluate import Metrics, evaluate, evaluate_constant
+from sparsemtl.training.loop import Callback, train
+from sparsemtl.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+DisplayFactory = Callable[[str, TrainState], "Display"]
+
+
+class Display:
+    """Shows a run's progress; this one shows nothing."""
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, state: TrainState) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+
+
+@dataclass
+class Run:
+    """A run's parts, built from its configuration."""
+
+    config: RunConfig
+    folder: RunFolder
+    train_set: Any
+    tasks: dict[str, Any]
+    state: TrainState
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop and has saved; the message says how to go on."""
+
+
+def new_run(config: RunConfig, folder: RunFolder) -> Run:
+    """Check the configuration against its data, then start the folder. Nothing is written before."""
+    threads = config.train.runtime.threads or torch.get_num_threads()
+    resolved = dataclasses.replace(config.train.runtime, threads=threads)
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, runtime=resolved)
+    )
+    run = _build(config, folder)
+    folder.create(config)
+    return run
+
+
+def resume_run(folder: RunFolder) -> Run:
+    """Rebuild a run as it was at its newest good checkpoint, or at its start if there is none."""
+    run = _build(folder.load_config(), folder)
+    found = checkpoints(folder.checkpoints)
+    for path in reversed(found):
+        try:
+            saved = load_checkpoint(path)
+        except CheckpointError as error:
+            log.warning("%s; trying the one before", error)
+            continue
+        run.state.load_resume_state(saved, path)
+        break
+    else:
+        if found:
+            raise CheckpointError(f"none of the {len(found)} checkpoints in {folder.root} is readable")
+    return run
+
+
+def execute(run: Run, show: DisplayFactory) -> dict[str, Any]:
+    """Train what is left, write the model and the summary; returns the summary.
+
+    raises: Interrupted after Ctrl-C or SIGTERM, with everything saved.
+    """
+    _train(run, show)
+    summary = _finish(run)
+    return _compare(run, summary, show)
+
+
+def _build(config: RunConfig, folder: RunFolder) -> Run:
+    train_set = build_split(config, "train")
+    tasks = build_tasks(config, train_set)
+    device = runtime.start(config.train.runtime, config.train.seed)
+    model = build_model(config.model, {name: task.channels for name, task in tasks.items()})
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    state = TrainState.create(model, tasks, train_set, build_method(config.method), config.train)
+    return Run(config, folder, train_set, tasks, state)
+
+
+def _train(run: Run, show: DisplayFactory) -> None:
+    state, folder, train_config = run.state, run.folder, run.config.train
+    steps = train_config.steps
+    metrics = MetricsLog(folder.log, train_config.log_every or max(1, steps // 200))
+    metrics.cut_after(state.step)
+    save = Checkpointer(folder.checkpoints)
+    with StopOnSignal() as stop, show(method_name(run.config.method), state) as display:
+        callbacks: list[Callback] = [metrics]
+        if train_config.evaluate_every is not None:
+            validation = build_split(run.config, "val")
+            callbacks.append(
+                every(train_config.evaluate_every, Evaluator(validation, metrics, batch_size=1))
+            )
+        interval = train_config.checkpoint_every or max(1, min(1000, steps // 10))
+        callbacks += [every(interval, save), display, stop]
+        try:
+            if not state.finished:
+                train(state, callbacks)
+        finally:
+            metrics.close()
+        if not state.finished:
+            save(state)
+            raise Interrupted(
+                f"{stop.received}: stopped after step {state.step} of {steps}; everything is "
+                f"saved. Go on with: sparsemtl train --resume {folder.root}"
+            )
+
+
+def _finish(run: Run) -> dict[str, Any]:
+    """Finalise, save, measure. Everything in the summary but Δ."""
+    state, config = run.state, run.config
+    model = state.method.finalize(state.model).eval()
+    heads = {name: task.channels for name, task in run.tasks.items()}
+    save_model(run.folder, model, config, heads)
+    test_set = build_split(config, "test")
+    metrics = evaluate(model, run.tasks, test_set)
+    height, width = run.train_set.spec.image_size
+    components = model.components() if hasattr(model, "components") else state.components
+    report = sparsity_report(model, components)
+    summary = {
+        "preset": config.preset,
+        "method": method_name(config.method),
+        "model": config.model.name,
+        "seed": config.train.seed,
+        "steps": state.step,
+        "seconds": round(state.seconds, 3),
+        "metrics": metrics,
+        "metrics_split": "test",
+        "constant_metrics": evaluate_constant(run.tasks, run.train_set, test_set),
+        "delta": no_delta(config.delta_form, "no reference run was named; see --baseline"),
+        "sparsity": {"requested": state.method.sparsity_target, **report.to_json()},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "flops": count_flops(model, (height, width)).to_json(),
+        "skipped_samples": len(getattr(run.train_set, "skipped", ())),
+        "peak_memory_bytes": peak_rss_bytes(),
+        "environment": environment(),
+    }
+    write_json(run.folder.summary, summary)
+    return summary
+
+
+def _compare(run: Run, summary: dict[str, Any], show: DisplayFactory) -> dict[str, Any]:
+    """Add Δ against the run's reference, training the dense twin first where asked to."""
+    config = run.config
+    if config.baseline == "none":
+        return summary
+    if config.baseline == "dense":
+        if method_name(config.method) == "dense":
+            return summary
+        twin = run.folder.baseline
+        reference = read_json(twin.summary, "a run") if twin.summary.exists() else None
+        if reference is None:
+            twin_run = (
+                resume_run(twin)
+                if twin.config.exists()
+                else new_run(configs.dense_twin(config), twin)
+            )
+            reference = execute(twin_run, show)
+        name = "baseline (dense twin)"
+    else:
+        name = config.baseline
+        reference = baseline_summary(config.baseline)
+    summary["delta"] = compute_delta(run.tasks, summary, reference, name, config.delta_form)
+    summary["baseline_metrics"] = reference["metrics"]
+    write_json(run.folder.summary, summary)
+    return summary
+
+
+def baseline_summary(name: str) -> dict[str, Any]:
+    """The summary of the run that a --baseline names: a run folder or its summary.json."""
+    from pathlib import Path
+
+    path = Path(name)
+    return read_json(path if path.suffix == ".json" else RunFolder(path).summary, "a finished run")
+
+
+def compute_delta(
+    tasks: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    reference: Mapping[str, Any],
+    name: str,
+    form: str,
+) -> dict[str, Any]:
+    """Δ against a reference run; a reference that cannot be divided by gives a reason, no number."""
+    directions = {task: t.higher_is_better for task, t in tasks.items()}
+    base: Metrics = {
+        task: {k: float("nan") if v is None else v for k, v in values.items()}
+        for task, values in reference["metrics"].items()
+    }
+    try:
+        return {"reference": name, **delta(summary["metrics"], base, directions, form)}
+    except ValueError as error:
+        return no_delta(form, str(error), name)
+
+
+def no_delta(form: str, reason: str, reference: str | None = None) -> dict[str, Any]:
+    """A Δ that is not known, and why."""
+    return {
+        "overall": None,
+        "tasks": {},
+        "form": form,
+        "reference": reference,
+        "reason": reason,
+    }

@@ -1,0 +1,247 @@
+"""`sparsemtl train`: data × model × method → a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sparsemtl import config as configs
+from sparsemtl.cli.display import live_display
+from sparsemtl.cli.run_folder import RunFolder
+from sparsemtl.cli.runner import Interrupted, baseline_summary, execute, new_run, resume_run
+from sparsemtl.cli.tables import print_summary
+from sparsemtl.config import RunConfig
+from sparsemtl.data import DATASETS
+from sparsemtl.errors import unknown_choice
+from sparsemtl.methods import AdapMTLConfig
+from sparsemtl.training.weighting import WeightingConfig
+
+Text = str | None
+Whole = int | None
+Number = float | None
+
+
+@dataclass
+class Train:
+    """Train a multitask network, dense or sparse, and leave a run folder.
+
+    Start from a preset and change what you name; whatever you leave out is the preset's.
+    Ctrl-C saves; `--resume DIR` goes on exactly where the run was.
+    """
+
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """New folder for the run."""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Continue this run; every other choice is the run's own."""
+    preset: str = "demo"
+    """demo, nyuv2-adapmtl-resnet34 or nyuv2-adapmtl-mobilenetv2."""
+    method: Text = None
+    """adapmtl or dense."""
+    sparsity: Number = None
+    """Fraction of zeros over all components, in [0, 1); met exactly."""
+    steps: Whole = None
+    """Optimizer steps."""
+    seed: Whole = None
+    data: Text = None
+    """scenes (procedural) or nyuv2."""
+    data_root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder of a data set on disk; means --data nyuv2 unless said otherwise."""
+    data_option: tuple[str, ...] = ()
+    """More data options, name=value, for example normals=encoded crop=224."""
+    on_error: Text = None
+    """What a damaged file does: raise or skip."""
+    tasks: tuple[str, ...] = ()
+    """For example segmentation normals depth."""
+    model: Text = None
+    """deeplab-resnet18, deeplab-resnet34 or mobilenetv2."""
+    width: Number = None
+    """Multiplies every channel count."""
+    dropout: Number = None
+    batch_size: Whole = None
+    lr: Number = None
+    weight_decay: Number = None
+    clip_norm: Number = None
+    """Clip the global gradient norm."""
+    weighting: Text = None
+    """adaptive (Eq. 6), adaptive-released or fixed."""
+    grouping: Text = None
+    """Who shares a threshold: component, one, two or layer (STR)."""
+    control: Text = None
+    """exact, or free: the paper's own dynamics."""
+    split: Text = None
+    """How thresholds learn their differences: joint or adam."""
+    theta_init: Number = None
+    """Threshold parameter before training."""
+    baseline: Text = None
+    """Reference for the deltas: dense (train a dense twin too), a run folder, or none."""
+    delta_form: Text = None
+    """mean (Eq. 7) or sum (as the published tables)."""
+    precision: Text = None
+    """fp32 or bf16 (autocast)."""
+    device: Text = None
+    """auto, cpu, cuda, cuda:1."""
+    threads: Whole = None
+    """CPU threads; a run repeats bit for bit at the same number."""
+    workers: Whole = None
+    """Loader processes."""
+    checkpoint_every: Whole = None
+    """Steps between checkpoints."""
+    evaluate_every: Whole = None
+    """Steps between evaluations on the validation split."""
+    quiet: bool = False
+    """No progress display."""
+
+    def run(self) -> int:
+        if (self.out is None) == (self.resume is None):
+            raise ValueError("Expected either --out DIR (a new run) or --resume DIR, got "
+                             + ("neither" if self.out is None else "both"))
+        if self.resume is not None:
+            self._check_only_resume()
+            run = resume_run(RunFolder(self.resume))
+        else:
+            assert self.out is not None
+            run = new_run(self.config(), RunFolder(self.out))
+        try:
+            summary = execute(run, live_display(self.quiet))
+        except Interrupted as stopped:
+            print(stopped, file=sys.stderr)
+            return 130
+        print_summary(summary, run.folder)
+        return 0
+
+    def _check_only_resume(self) -> None:
+        allowed = ("resume", "quiet")
+        changed = [
+            f.name
+            for f in dataclasses.fields(self)
+            if f.name not in allowed and getattr(self, f.name) != f.default
+        ]
+        if changed:
+            raise ValueError(
+                "Expected --resume alone (a resumed run keeps its configuration), got also "
+                + ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+            )
+
+    def config(self) -> RunConfig:
+        """The preset with every named choice changed."""
+        config = configs.preset(self.preset)
+        if self.method is not None:
+            config = configs.with_method(config, self.method)
+        config = dataclasses.replace(
+            config,
+            data=self._data(config),
+            model=_changed(config.model, name=self.model, width=self.width, dropout=self.dropout),
+            method=self._method(config),
+            train=self._train(config),
+            **_given(
+                tasks=self.tasks or None, baseline=self.baseline, delta_form=self.delta_form
+            ),
+        )
+        if config.baseline not in configs.BASELINES:
+            baseline_summary(config.baseline)  # fail before training, not after
+        return config
+
+    def _data(self, config: RunConfig) -> Any:
+        kinds = dict(DATASETS)
+        name = self.data or ("nyuv2" if self.data_root is not None else None)
+        if name is not None and name not in kinds:
+            raise ValueError(unknown_choice("--data", name, kinds))
+        data: Any = config.data
+        if name is not None and type(data) is not kinds[name]:
+            data = kinds[name]()
+        options = dict(_parse_option(o) for o in self.data_option)
+        if self.data_root is not None:
+            options["root"] = str(self.data_root)
+        if self.on_error is not None:
+            options["on_error"] = self.on_error
+        known = {f.name: f for f in dataclasses.fields(data)}
+        for option in options:
+            if option not in known:
+                raise ValueError(unknown_choice(f"an option of {name or 'the data'}", option, known))
+        values = {k: _like(getattr(data, k), v, k) for k, v in options.items()}
+        return dataclasses.replace(data, **values)
+
+    def _method(self, config: RunConfig) -> Any:
+        method = config.method
+        asked = _given(
+            sparsity=self.sparsity,
+            grouping=self.grouping,
+            split=self.split,
+            theta_init=self.theta_init,
+            control=self.control,
+        )
+        if not isinstance(method, AdapMTLConfig):
+            if asked:
+                raise ValueError(
+                    f"Expected --method adapmtl with {', '.join('--' + a for a in asked)}, got dense"
+                )
+            return method
+        control = asked.pop("control", None)
+        return dataclasses.replace(
+            method, controller=_changed(method.controller, control=control), **asked
+        )
+
+    def _train(self, config: RunConfig) -> Any:
+        train = config.train
+        weights = {t: w for t, w in train.loss_weights.items() if t in (self.tasks or config.tasks)}
+        optim = _changed(
+            train.optim, lr=self.lr, weight_decay=self.weight_decay, clip_norm=self.clip_norm
+        )
+        weighting = train.weighting
+        if self.weighting is not None:
+            weighting = WeightingConfig(self.weighting)
+        return dataclasses.replace(
+            _changed(
+                train,
+                steps=self.steps,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                checkpoint_every=self.checkpoint_every,
+                evaluate_every=self.evaluate_every,
+            ),
+            loss_weights=weights,
+            optim=optim,
+            weighting=weighting,
+            runtime=_changed(
+                train.runtime,
+                precision=self.precision,
+                device=self.device,
+                threads=self.threads,
+                workers=self.workers,
+            ),
+        )
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if v is not None}
+
+
+def _changed(config: Any, **values: Any) -> Any:
+    return dataclasses.replace(config, **_given(**values))
+
+
+def _parse_option(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"Expected --data-option NAME=VALUE, got {text!r}")
+    return name.replace("-", "_"), value
+
+
+def _like(old: Any, text: str, name: str) -> Any:
+    """`text` as the kind of value that `old` is."""
+    kind = type(old)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if kind in (int, float):
+            return kind(text)
+        if kind is tuple:
+            return tuple(int(part) for part in text.split(","))
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"Expected --data-option {name} like {old!r}, got {text!r}") from error
+    return text

@@ -1,0 +1,202 @@
+"""A run's whole configuration: composed from the rooms' own configs, saved as `config.json`.
+
+Only `cli` imports this file; a room sees its own config and no other. A preset is a function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparsemtl.data import DATASETS, NYUv2Config, ScenesConfig
+from sparsemtl.errors import unknown_choice
+from sparsemtl.methods import (
+    METHODS,
+    AdapMTLConfig,
+    DenseConfig,
+    MethodConfig,
+    method_config_type,
+    method_name,
+)
+from sparsemtl.models.config import ModelConfig
+from sparsemtl.tasks.delta import FORMS as DELTA_FORMS
+from sparsemtl.training.optim import OptimConfig
+from sparsemtl.training.state import TrainConfig
+from sparsemtl.training.weighting import WeightingConfig
+
+BASELINES = ("none", "dense")
+FORMAT = 1
+
+DataConfig = ScenesConfig | NYUv2Config
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """data × model × method × training."""
+
+    data: DataConfig
+    model: ModelConfig
+    method: MethodConfig = field(default_factory=AdapMTLConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tasks: tuple[str, ...] = ("segmentation", "normals", "depth")
+    baseline: str = "none"  # "dense": also train the dense twin; else a run folder, for Δ
+    delta_form: str = "mean"  # Eq. 7, or the published tables' "sum"
+    preset: str = ""  # where it started from, for the record
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("RunConfig: Expected at least one task, got none")
+        if len(set(self.tasks)) != len(self.tasks):
+            raise ValueError(f"RunConfig: Expected each task once, got {list(self.tasks)}")
+        if self.delta_form not in DELTA_FORMS:
+            raise ValueError(unknown_choice("delta_form", self.delta_form, DELTA_FORMS))
+
+
+def demo() -> RunConfig:
+    """Procedural rooms and a narrow DeepLab-ResNet18: minutes on two cores."""
+    return RunConfig(
+        data=ScenesConfig(),
+        model=ModelConfig("deeplab-resnet18", width=0.25, dropout=0.1),
+        method=AdapMTLConfig(sparsity=0.9),
+        train=TrainConfig(
+            steps=500,
+            batch_size=8,
+            seed=0,
+            loss_weights={"segmentation": 1.0, "normals": 4.0, "depth": 1.0},
+            optim=OptimConfig(lr=2e-3, betas=(0.9, 0.999), schedule="cosine", weight_decay=1e-5),
+        ),
+        baseline="dense",
+        preset="demo",
+    )
+
+
+def nyuv2_adapmtl_resnet34() -> RunConfig:
+    """AdapMTL's NYUv2 training (App. B, Table 6), 20 000 steps at 321×321."""
+    return RunConfig(
+        data=NYUv2Config(),
+        model=ModelConfig("deeplab-resnet34"),
+        method=AdapMTLConfig(sparsity=0.9),
+        train=TrainConfig(
+            steps=20_000,
+            batch_size=16,
+            loss_weights={"segmentation": 1.0, "normals": 20.0, "depth": 3.0},
+            # Left to scale with the steps: window 400, warm-up 5 000, decay every 4 000 of 20 000.
+            weighting=WeightingConfig("adaptive"),
+            optim=OptimConfig(lr=1e-3, schedule="step", lr_factor=0.5),
+        ),
+        preset="nyuv2-adapmtl-resnet34",
+    )
+
+
+def nyuv2_adapmtl_mobilenetv2() -> RunConfig:
+    """The same with the MobileNetV2 backbone."""
+    return dataclasses.replace(
+        nyuv2_adapmtl_resnet34(),
+        model=ModelConfig("mobilenetv2"),
+        preset="nyuv2-adapmtl-mobilenetv2",
+    )
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "demo": demo,
+    "nyuv2-adapmtl-resnet34": nyuv2_adapmtl_resnet34,
+    "nyuv2-adapmtl-mobilenetv2": nyuv2_adapmtl_mobilenetv2,
+}
+
+
+def preset(name: str) -> RunConfig:
+    """A preset by name.   raises: ValueError that lists the presets."""
+    if name not in PRESETS:
+        raise ValueError(unknown_choice("preset", name, PRESETS))
+    return PRESETS[name]()
+
+
+def with_method(config: RunConfig, name: str) -> RunConfig:
+    """The same run with another method; a sparsity target is carried over where both have one."""
+    kind = method_config_type(name)
+    if isinstance(config.method, kind):
+        return config
+    target = getattr(config.method, "sparsity", None)
+    fields = {f.name for f in dataclasses.fields(kind)}
+    method = kind(sparsity=target) if target is not None and "sparsity" in fields else kind()
+    return dataclasses.replace(config, method=method)
+
+
+def dense_twin(config: RunConfig) -> RunConfig:
+    """The dense run that Δ compares with: the same data, model, schedule and seed."""
+    train = dataclasses.replace(config.train, weighting=WeightingConfig("fixed"))
+    return dataclasses.replace(config, method=DenseConfig(), train=train, baseline="none")
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """Plain values; `from_json` gives the config back."""
+    names = {kind: name for name, kind in DATASETS.items()}
+    return {
+        "format": FORMAT,
+        "data": {"name": names[type(config.data)], **_plain(config.data)},
+        "method": {"name": method_name(config.method), **_plain(config.method)},
+        **{
+            f.name: _plain(getattr(config, f.name))
+            for f in dataclasses.fields(config)
+            if f.name not in ("data", "method")
+        },
+    }
+
+
+def from_json(value: Mapping[str, Any]) -> RunConfig:
+    """raises: ValueError naming the field that is unknown, missing or of the wrong kind."""
+    value = dict(value)
+    if value.pop("format", None) != FORMAT:
+        raise ValueError(f"config: Expected format {FORMAT}, got another")
+    sections = {}
+    methods = {name: kind for name, (kind, _) in METHODS.items()}
+    for section, kinds in (("data", DATASETS), ("method", methods)):
+        if not isinstance(value.get(section), Mapping):
+            raise ValueError(f"config: Expected a section {section!r}, got none")
+        fields = dict(value.pop(section))
+        name = fields.pop("name", None)
+        if name not in kinds:
+            raise ValueError(unknown_choice(section, name, kinds))
+        sections[section] = _rebuild(kinds[name], fields, section)
+    return RunConfig(**sections, **_arguments(RunConfig, value, "config", skip=("data", "method")))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
+
+
+def _rebuild(kind: type[Any], fields: Mapping[str, Any], where: str) -> Any:
+    return kind(**_arguments(kind, fields, where))
+
+
+def _arguments(
+    kind: type[Any], fields: Mapping[str, Any], where: str, skip: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind) if f.name not in skip]
+    for name in fields:
+        if name not in known:
+            raise ValueError(unknown_choice(f"a field of {where}", name, known))
+    return {k: _revive(hints[k], v, f"{where}.{k}") for k, v in fields.items()}
+
+
+def _revive(hint: Any, value: Any, where: str) -> Any:
+    options = [hint]
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        options = list(typing.get_args(hint))
+    for option in options:
+        if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
+            return _rebuild(typing.cast("type[Any]", option), value, where)
+        if typing.get_origin(option) is tuple and isinstance(value, list):
+            return tuple(value)
+    return value
