@@ -13,24 +13,27 @@ try:
     from sparsemtl import _C as _module
 except ImportError as error:
     _module = None
-    _missing = f"sparsemtl._C is not built ({error}); reinstall with a C++17 compiler"
+    _no_module = f"sparsemtl._C is not built ({error}); reinstall with a C++17 compiler"
+
+# Triton reads this once, when it is imported; so do we. In its interpreter kernels run on the CPU.
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/views.h
 
 
 def native_module() -> Any:
     """Return sparsemtl._C; only a backend whose `why_not` has been asked may call this."""
-    assert _module is not None, _missing
+    assert _module is not None, _no_module
     return _module
 
 
 def why_not_native(tensor: Tensor | None = None) -> str | None:
     """Why the CPU kernels cannot run here, or cannot take this tensor; None if they can."""
     if _module is None:
-        return _missing
+        return _no_module
     if tensor is None:
         return None
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         return f"weight is on {tensor.device}, it needs cpu"
     if tensor.dtype not in DTYPES:
         return f"weight is {tensor.dtype}, it takes float32, bfloat16 and float16"
@@ -40,7 +43,7 @@ def why_not_native(tensor: Tensor | None = None) -> str | None:
 def why_not_cuda(tensor: Tensor | None = None) -> str | None:
     """Why the CUDA C++ kernels cannot run here, or cannot take this tensor; None if they can."""
     if _module is None:
-        return _missing
+        return _no_module
     if not _module.HAS_CUDA:
         return "sparsemtl._C was built without nvcc"
     return why_not_on_gpu(tensor)
@@ -48,7 +51,7 @@ def why_not_cuda(tensor: Tensor | None = None) -> str | None:
 
 def why_not_on_gpu(tensor: Tensor | None) -> str | None:
     """The part that CUDA C++ and Triton share: a CUDA device, and a storage type they take."""
-    if tensor is not None and tensor.device.type != "cuda":
+    if tensor is not None and not tensor.is_cuda:
         return f"weight is on {tensor.device}, it needs cuda"
     if tensor is None and not torch.cuda.is_available():
         return "torch sees no CUDA device"
@@ -57,19 +60,14 @@ def why_not_on_gpu(tensor: Tensor | None) -> str | None:
     return None
 
 
-def interpreting() -> bool:
-    """Whether TRITON_INTERPRET asks for the interpreter, in which kernels run on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-
-
 def why_not_triton(tensor: Tensor | None = None) -> str | None:
     """Why Triton kernels cannot run here, or cannot take this tensor; None if they can."""
-    if interpreting():
-        return _missing() or _why_not_interpreted(tensor)
-    return why_not_on_gpu(tensor) or _missing()
+    if INTERPRETING:
+        return _no_triton() or _why_not_interpreted(tensor)
+    return why_not_on_gpu(tensor) or _no_triton()
 
 
-def _missing() -> str | None:
+def _no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install 'sparsemtl[triton]'"
     return None

@@ -96,7 +96,8 @@ class Op:
             return self._named(name, args)
         for backend in self.backends:
             if backend.why_not(*args) is None:
-                self._log_once(backend.name, "first that can run")
+                if backend.name not in self._logged:
+                    self._log_once(backend.name, "first that can run")
                 return backend
         raise BackendUnavailable(f"{self.name} cannot run here:\n{self.explain(*args)}")
 
