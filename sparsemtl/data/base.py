@@ -21,8 +21,33 @@ NORMALS_SPACES = ("decoded", "encoded")
 _PLANES = {"normals": 3, "depth": 1, "keypoints": 1, "edges": 1}  # channels of a dense target
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a file or a list.
+
+    kind: missing | unreadable | size | dtype | labels | values | list | duplicate
+    """
+
+    file: str
+    kind: str
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: Expected {self.expected}, got {self.found}"
+
+
 class DataError(ValueError):
     """Bad data: the message names the file or argument, what was expected and what was found."""
+
+    problem: Problem | None = None
+
+    @classmethod
+    def of(cls, problem: Problem) -> DataError:
+        """An error about one file. A text alone makes it, so that it survives a loader's worker."""
+        error = cls(str(problem))
+        error.problem = problem
+        return error
 
 
 @dataclass(frozen=True)
@@ -30,7 +55,7 @@ class TargetSpec:
     """What one target is.
 
     kind:          one of TARGET_KINDS
-    channels:      channels of the head that predicts it: classes for segmentation, 3 for normals, else 1
+    channels:      of the head that predicts it: classes for segmentation, 3 for normals, else 1
     class_names:   segmentation only; empty, or one name per class
     normals_space: "decoded": components in [-1, 1]; "encoded": 0..255 as stored in 8-bit files
     raises:        ValueError naming the field
@@ -57,7 +82,8 @@ class TargetSpec:
             )
         if self.normals_space not in NORMALS_SPACES:
             raise ValueError(
-                f"TargetSpec: Expected normals_space in {NORMALS_SPACES}, got {self.normals_space!r}"
+                f"TargetSpec: Expected normals_space in {NORMALS_SPACES}, "
+                f"got {self.normals_space!r}"
             )
 
 
@@ -91,7 +117,7 @@ class MultitaskSample(NamedTuple):
     image: Tensor
     targets: dict[str, Tensor]
     valid: dict[str, Tensor]
-    index: Tensor | int
+    index: Tensor | int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
 
 
 class MultitaskDataset(Dataset[MultitaskSample]):

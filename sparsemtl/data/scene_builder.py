@@ -36,7 +36,7 @@ MATERIAL = {name: number for number, name in enumerate(MATERIALS)}
 
 
 class Dice:
-    """A stream of uniform numbers, drawn in blocks: a call costs less than one of the generator's."""
+    """A stream of uniform numbers, drawn in blocks: cheaper than a generator's call for each."""
 
     def __init__(self, generator: np.random.Generator) -> None:
         self._generator = generator
@@ -112,7 +112,7 @@ class Builder:
 
 @dataclass(frozen=True)
 class Looks:
-    """Per solid: label [P], material [P], colour and accent [P, 3], scale [P], casts a shadow [P]."""
+    """Per solid: label, material, scale, whether it casts a shadow [P]; colour, accent [P, 3]."""
 
     label: npt.NDArray[np.int64]
     material: npt.NDArray[np.int64]

@@ -36,7 +36,9 @@ def bed(piece: Piece, dice: Dice, width: float, depth: float) -> None:
     sheet = Paint("bed", "plain", (0.92, 0.91, 0.88), cover)
     top = dice(0.42, 0.58)
     piece.box((0, 0, 0.14), (width, depth, 0.24), wood, shades=True)
-    piece.box((0, 0, (0.26 + top) / 2), (width * 0.97, depth * 0.97, top - 0.26), sheet, shades=True)
+    piece.box(
+        (0, 0, (0.26 + top) / 2), (width * 0.97, depth * 0.97, top - 0.26), sheet, shades=True
+    )
     piece.box(
         (0, depth * 0.14, (0.3 + top) / 2 + 0.02), (width * 1.02, depth * 0.74, top - 0.28), cloth
     )
@@ -50,7 +52,9 @@ def bed(piece: Piece, dice: Dice, width: float, depth: float) -> None:
 
 def sofa(piece: Piece, dice: Dice, width: float, depth: float) -> None:
     colour = dice.colour((0.0, 1.0), (0.2, 0.75), (0.2, 0.6))
-    cloth = Paint("sofa", dice.pick(("plain", "carpet", "stripes")), colour, _darker(colour, 0.8), 0.1)
+    cloth = Paint(
+        "sofa", dice.pick(("plain", "carpet", "stripes")), colour, _darker(colour, 0.8), 0.1
+    )
     seat, arm, back = dice(0.4, 0.46), dice(0.16, 0.24), dice(0.75, 0.95)
     piece.box((0, 0, 0.16), (width, depth, 0.24), cloth, shades=True)
     piece.box((0, 0.1 - depth / 2, back / 2 + 0.05), (width, 0.22, back - 0.1), cloth, shades=True)
@@ -114,7 +118,9 @@ def bookshelf(piece: Piece, dice: Dice, width: float, depth: float) -> None:
     height, rows = dice(1.5, 2.1), dice.pick((4, 5))
     piece.box((0, 0.015 - depth / 2, height / 2), (width, 0.03, height), wood, shades=True)
     for side in (-1.0, 1.0):
-        piece.box((side * (width - 0.04) / 2, 0, height / 2), (0.04, depth, height), wood, shades=True)
+        piece.box(
+            (side * (width - 0.04) / 2, 0, height / 2), (0.04, depth, height), wood, shades=True
+        )
     step = (height - 0.04) / rows
     for row in range(rows + 1):
         piece.box((0, 0, 0.02 + row * step), (width, depth, 0.03), wood)
@@ -159,7 +165,9 @@ def plant(piece: Piece, dice: Dice, width: float, depth: float) -> None:
 
 def ball(piece: Piece, dice: Dice, width: float, depth: float) -> None:
     size = min(width, depth)
-    paint = Paint("objects", "stripes", dice.colour((0, 1), (0.6, 1.0), (0.6, 1.0)), (1, 1, 1), 0.15)
+    paint = Paint(
+        "objects", "stripes", dice.colour((0, 1), (0.6, 1.0), (0.6, 1.0)), (1, 1, 1), 0.15
+    )
     piece.ellipsoid((0, 0, size / 2), (size, size, size), paint, shades=True)
 
 
@@ -181,14 +189,18 @@ def clutter(piece: Piece, dice: Dice, width: float, depth: float, height: float)
 
 
 def _books(dice: Dice) -> Paint:
-    return Paint("books", "spines", dice.colour((0, 1), (0.4, 0.8), (0.4, 0.9)), BLACK, dice(0.03, 0.05))
+    return Paint(
+        "books", "spines", dice.colour((0, 1), (0.4, 0.8), (0.4, 0.9)), BLACK, dice(0.03, 0.05)
+    )
 
 
 def _stack(piece: Piece, dice: Dice) -> None:
     z = 0.0
     for _ in range(dice.pick((2, 3, 4))):
         thick = dice(0.03, 0.05)
-        piece.box((dice(-0.02, 0.02), 0, z + thick / 2), (dice(0.24, 0.3), 0.2, thick), _books(dice))
+        piece.box(
+            (dice(-0.02, 0.02), 0, z + thick / 2), (dice(0.24, 0.3), 0.2, thick), _books(dice)
+        )
         z += thick
 
 

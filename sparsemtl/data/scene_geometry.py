@@ -11,12 +11,14 @@ formula serves all sizes. Primitive 0 is the room: a box seen from inside.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Real = TypeVar("Real", np.float32, np.float64)
 
 BOX, ELLIPSOID, CYLINDER = 0, 1, 2
 NEAR = 0.05  # metres; nothing nearer to the camera is drawn
@@ -27,7 +29,7 @@ _CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1
 # Reductions over the last axis, of length 3, written out: numpy's are several times slower there.
 
 
-def dot(a: Floats, b: Floats) -> Floats:
+def dot(a: npt.NDArray[Real], b: npt.NDArray[Real]) -> npt.NDArray[Real]:
     """Scalar products over the last axis. [..., 3] x [..., 3] -> [...]"""
     return np.asarray(a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1] + a[..., 2] * b[..., 2])
 
@@ -111,7 +113,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class Hits:
-    """The first surface along each ray: depth [N] metres, primitive [N], ray [N, 3] in the world."""
+    """The first surface of each ray: depth [N] metres, primitive [N], ray [N, 3] in the world."""
 
     depth: Floats
     primitive: Ints
@@ -145,7 +147,11 @@ def cast(primitives: Primitives, camera: Camera, height: int, width: int) -> Hit
     which, pixel = _pairs(primitives, camera, height, width)
     origin = primitives.to_local(np.arange(len(primitives.kind)), camera.position)  # [P, 3]
     found = []
-    for kind, enter in ((BOX, _enter_box), (ELLIPSOID, _enter_ellipsoid), (CYLINDER, _enter_cylinder)):
+    for kind, enter in (
+        (BOX, _enter_box),
+        (ELLIPSOID, _enter_ellipsoid),
+        (CYLINDER, _enter_cylinder),
+    ):
         mine = primitives.kind[which] == kind
         w, p = which[mine], pixel[mine]
         t = enter(origin[w], primitives.to_local(w, rays[p], directions=True))
@@ -217,10 +223,12 @@ def _leave_room(primitives: Primitives, camera: Camera, rays: Floats) -> Floats:
 
 
 def _pairs(primitives: Primitives, camera: Camera, height: int, width: int) -> tuple[Ints, Ints]:
-    """Primitives (but the room) with the pixels of their bounding rectangles: which [M], pixel [M]."""
+    """Primitives but the room with the pixels of their bounding rectangles. [M], [M]"""
     column, row, depth = camera.project(corners(primitives), height, width)  # [P, 8]
     behind = depth <= NEAR
-    crossing = behind.any(axis=1)  # a corner behind the camera projects nowhere: take the whole image
+    crossing = behind.any(
+        axis=1
+    )  # a corner behind the camera projects nowhere: take the whole image
     x0 = np.where(crossing, 0, np.floor(column.min(axis=1)))
     x1 = np.where(crossing, width, np.ceil(column.max(axis=1)) + 1)
     y0 = np.where(crossing, 0, np.floor(row.min(axis=1)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ _CASTERS = 14  # at most this many solids cast shadows: the largest
 
 @dataclass(frozen=True)
 class Patch:
-    """The pixels of one material: coordinates, colours of their solid, its pattern size and number."""
+    """The pixels of one material: coordinates, and the colours, scale and number of their solid."""
 
     u: Singles
     v: Singles
@@ -39,13 +40,11 @@ class Patch:
 
 
 def room_rows(face: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Row of Room.walls of the room box's faces: walls 0; floor 1 (its normal points up); ceiling 2."""
+    """Row of Room.walls for faces of the room: walls 0, floor 1 (normal up), ceiling 2."""
     return np.where(face < 4, 0, np.where(face == 5, 1, 2))
 
 
-def paint(
-    room: Room, hits: Hits, surface: Surface, world: Floats, noise: Singles
-) -> Bytes:
+def paint(room: Room, hits: Hits, surface: Surface, world: Floats, noise: Singles) -> Bytes:
     """RGB of every pixel, [N, 3] uint8.
 
     world: [N, 3] points in metres    noise: [N, 3] standard normal, the sensor's grain
@@ -93,7 +92,7 @@ def _coordinates(
 
 
 def _light(room: Room, normal: Singles, world: Singles) -> Singles:
-    """Light that reaches every pixel: ambient from above, the lamp with shadows, daylight. [N, 3]"""
+    """Light on every pixel: ambient from above, the lamp with shadows, daylight. [N, 3]"""
     sky = room.ambient * (0.85 + 0.15 * normal[:, 2])
     total = sky[:, None] * np.ones(3, dtype=np.float32)
     lamp = room.lamp.astype(np.float32) - world
@@ -147,14 +146,16 @@ def _slab(origin: Singles, ray: Singles, half: np.float32) -> tuple[Singles, Sin
     return middle - far, middle + far
 
 
-def _hash(x: npt.NDArray[np.int64], y: npt.NDArray[np.int64], solid: npt.NDArray[np.int64]) -> Singles:
+def _hash(
+    x: npt.NDArray[np.int64], y: npt.NDArray[np.int64], solid: npt.NDArray[np.int64]
+) -> Singles:
     """Repeatable numbers in [0, 1) from whole coordinates and a solid's number. [n]"""
     mixed = (x * 374761393 + y * 668265263 + solid * 1274126177) & 0xFFFFFFFF
     mixed = ((mixed ^ (mixed >> 13)) * 1103515245) & 0xFFFFFFFF
     return np.asarray(((mixed ^ (mixed >> 16)) & 0xFFFF) / 65536.0, dtype=np.float32)
 
 
-def _cell(values: Singles, size: Singles | float) -> npt.NDArray[np.int64]:
+def _cell(values: Singles, size: npt.NDArray[Any] | float) -> npt.NDArray[np.int64]:
     return np.floor(values / size).astype(np.int64)
 
 
@@ -205,7 +206,9 @@ def _carpet(patch: Patch) -> Singles:
 def _doors(patch: Patch) -> Singles:
     """Panels (their number is the scale) with dark joints and a handle each."""
     column = (patch.s + 1.0) / 2.0 * patch.scale
-    inside = np.abs(column - np.floor(column) - 0.5) * 2.0  # 0 in the middle of a panel, 1 at a joint
+    inside = (
+        np.abs(column - np.floor(column) - 0.5) * 2.0
+    )  # 0 in the middle of a panel, 1 at a joint
     edge = (inside > 0.9) | (np.abs(patch.t) > 0.94)
     handle = (np.abs(inside - 0.72) < 0.08) & (np.abs(patch.t) < 0.14)
     raised = (inside > 0.6) | (np.abs(patch.t) > 0.75)
@@ -216,7 +219,9 @@ def _spines(patch: Patch) -> Singles:
     book = _cell(patch.u, patch.scale)
     hue = _hash(book, np.zeros_like(book), patch.solid)
     tone = 0.45 + 0.5 * _hash(book, np.ones_like(book), patch.solid)
-    wheel = np.stack([0.5 + 0.5 * np.cos(2 * np.pi * (hue + shift)) for shift in (0, 0.33, 0.67)], 1)
+    wheel = np.stack(
+        [0.5 + 0.5 * np.cos(2 * np.pi * (hue + shift)) for shift in (0, 0.33, 0.67)], 1
+    )
     gap = patch.u / patch.scale - book < 0.12
     band = np.abs(np.abs(patch.t) - 0.55) < 0.08
     colour = (0.2 + 0.8 * wheel) * tone[:, None]

@@ -43,7 +43,7 @@ _STANDING: tuple[tuple[Maker, float, tuple[float, float], tuple[float, float]], 
 
 @dataclass(frozen=True)
 class Room:
-    """Everything a picture needs; surfaces[i] of the room box is the paint of face i (axis·2 + sign)."""
+    """Everything a picture needs."""
 
     solids: Primitives
     looks: Looks
@@ -118,7 +118,9 @@ def _shell(dice: Dice) -> Looks:
     return builder.finish()[1]
 
 
-def _against(wall: str, size: tuple[float, float, float], along: float, off: float) -> tuple[float, float, float]:
+def _against(
+    wall: str, size: tuple[float, float, float], along: float, off: float
+) -> tuple[float, float, float]:
     """x, y and angle of a frame that looks into the room from `off` metres before a wall."""
     if wall == "left":
         return off, along, -math.pi / 2
@@ -153,7 +155,9 @@ def _furnish(
         for _ in range(6):
             wall = dice.pick(("left", "far", "far", "right"))
             room = _length(wall, size) - width - 0.1
-            x, y, angle = _against(wall, size, width / 2 + 0.05 + max(room, 0.0) * dice(), depth / 2 + 0.03)
+            x, y, angle = _against(
+                wall, size, width / 2 + 0.05 + max(room, 0.0) * dice(), depth / 2 + 0.03
+            )
             across, along = (width, depth) if wall == "far" else (depth, width)
             spot = (x - across / 2, y - along / 2, x + across / 2, y + along / 2)
             if room > 0 and spot[1] > 1.0 and _free(taken, spot):
@@ -190,7 +194,12 @@ def _dining(
     piece = builder.at(x, y, angle)
     furniture.table(piece, dice, width, depth)
     taken.append(_around(x, y, max(width, depth) / 2))
-    for dx, dy, turn in ((0, 0.75, math.pi), (0, -0.75, 0.0), (0.9, 0, math.pi / 2), (-0.9, 0, -math.pi / 2)):
+    for dx, dy, turn in (
+        (0, 0.75, math.pi),
+        (0, -0.75, 0.0),
+        (0.9, 0, math.pi / 2),
+        (-0.9, 0, -math.pi / 2),
+    ):
         px, py = piece.place(dx * width * 0.8, dy * (depth + 0.15))
         spot = _around(px, py, 0.27)
         inside = 0.3 < px < size[0] - 0.3 and 1.3 < py < size[1] - 0.3
@@ -203,8 +212,10 @@ def _dining(
         piece.box((0, 0, 0.006), (width + 1.0, depth + 0.9, 0.012), rug)
 
 
-def _hang(builder: Builder, dice: Dice, size: tuple[float, float, float]) -> tuple[float, float, float]:
-    """Windows, pictures, a door and a screen on the walls; returns where the daylight comes from."""
+def _hang(
+    builder: Builder, dice: Dice, size: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    """Windows, pictures, a door, a screen on the walls; returns where the daylight comes from."""
     daylight = (size[0] / 2, size[1], size[2] * 0.6)
     used: dict[str, list[tuple[float, float]]] = {"left": [], "far": [], "right": []}
     wishes = ("window", "picture", "picture", "door", "tv", "window", "picture")
