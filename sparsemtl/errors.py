@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class DivergedError(RuntimeError):
-    """Training met NaN or inf; the message names the task, the step and the last good checkpoint."""
+    """Training met NaN or inf: the message names task, step and last good checkpoint."""
 
 
 class CheckpointError(RuntimeError):

@@ -13,6 +13,7 @@ from sparsemtl.cli.runner import baseline_summary, compute_delta, no_delta
 from sparsemtl.cli.tables import print_evaluation
 from sparsemtl.errors import unknown_choice
 from sparsemtl.measure.environment import environment
+from sparsemtl.models.component import find_components
 from sparsemtl.sparsity.stats import sparsity_report
 from sparsemtl.tasks.delta import FORMS
 from sparsemtl.training.checkpoint import write_json
@@ -57,7 +58,7 @@ class Evaluate:
             "split": self.split,
             "samples": len(dataset),
             "metrics": metrics,
-            "sparsity": sparsity_report(model, model.components()).to_json(),  # type: ignore[operator]
+            "sparsity": sparsity_report(model, find_components(model)).to_json(),
             "environment": environment(),
         }
         result["delta"] = self._delta(folder, tasks, result)

@@ -40,9 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = (
         Annotated[Train, tyro.conf.subcommand("train")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[
-            data, tyro.conf.subcommand("data", description="Make and check data sets.")
-        ]
+        | Annotated[data, tyro.conf.subcommand("data", description="Make and check data sets.")]
         | Annotated[Info, tyro.conf.subcommand("info")]
         | Annotated[Demo, tyro.conf.subcommand("demo")]
     )

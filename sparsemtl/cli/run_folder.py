@@ -1,12 +1,12 @@
 """A run folder: what a training run reads, writes and leaves behind.
 
-    config.json      the whole configuration; a run can be repeated or resumed from it
-    metrics.jsonl    one line per step
-    checkpoints/     the last two, for --resume
-    model/           model.safetensors (dense with zeros, ordinary torch keys) and config.json
-    summary.json     results
-    plots/           pictures, where matplotlib is installed
-    baseline/        the dense twin's own run folder, where one was asked for
+config.json      the whole configuration; a run can be repeated or resumed from it
+metrics.jsonl    one line per step
+checkpoints/     the last two, for --resume
+model/           model.safetensors (dense with zeros, ordinary torch keys) and config.json
+summary.json     results
+plots/           pictures, where matplotlib is installed
+baseline/        the dense twin's own run folder, where one was asked for
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def build_split(config: RunConfig, split: str) -> Any:
     return build_dataset(config.data, split, list(config.tasks))
 
 
-def save_model(folder: RunFolder, model: nn.Module, config: RunConfig, heads: dict[str, int]) -> None:
+def save_model(
+    folder: RunFolder, model: nn.Module, config: RunConfig, heads: dict[str, int]
+) -> None:
     """Write the finished model: the same weights give the same bytes."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     data = save(tensors, metadata={"format": "pt"})

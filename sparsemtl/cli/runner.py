@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sparsemtl import config as configs
+from sparsemtl.cli.pictures import draw
 from sparsemtl.cli.run_folder import RunFolder, build_split, build_tasks, read_json, save_model
 from sparsemtl.config import RunConfig
 from sparsemtl.errors import CheckpointError
@@ -18,6 +19,7 @@ from sparsemtl.measure.environment import environment
 from sparsemtl.measure.flops import count_flops
 from sparsemtl.measure.memory import peak_rss_bytes
 from sparsemtl.methods import build_method, method_name
+from sparsemtl.models.component import find_components
 from sparsemtl.models.config import build_model
 from sparsemtl.sparsity.stats import sparsity_report
 from sparsemtl.tasks.delta import delta
@@ -65,12 +67,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 def new_run(config: RunConfig, folder: RunFolder) -> Run:
-    """Check the configuration against its data, then start the folder. Nothing is written before."""
+    """Check the configuration against its data, then start the folder; nothing before that."""
     threads = config.train.runtime.threads or torch.get_num_threads()
     resolved = dataclasses.replace(config.train.runtime, threads=threads)
-    config = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, runtime=resolved)
-    )
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, runtime=resolved))
     run = _build(config, folder)
     folder.create(config)
     return run
@@ -90,7 +90,9 @@ def resume_run(folder: RunFolder) -> Run:
         break
     else:
         if found:
-            raise CheckpointError(f"none of the {len(found)} checkpoints in {folder.root} is readable")
+            raise CheckpointError(
+                f"none of the {len(found)} checkpoints in {folder.root} is readable"
+            )
     return run
 
 
@@ -101,7 +103,9 @@ def execute(run: Run, show: DisplayFactory) -> dict[str, Any]:
     """
     _train(run, show)
     summary = _finish(run)
-    return _compare(run, summary, show)
+    summary = _compare(run, summary, show)
+    draw(run.folder, run.config, summary)
+    return summary
 
 
 def _build(config: RunConfig, folder: RunFolder) -> Run:
@@ -151,7 +155,7 @@ def _finish(run: Run) -> dict[str, Any]:
     test_set = build_split(config, "test")
     metrics = evaluate(model, run.tasks, test_set)
     height, width = run.train_set.spec.image_size
-    components = model.components() if hasattr(model, "components") else state.components
+    components = find_components(model)
     report = sparsity_report(model, components)
     summary = {
         "preset": config.preset,
@@ -217,7 +221,7 @@ def compute_delta(
     name: str,
     form: str,
 ) -> dict[str, Any]:
-    """Δ against a reference run; a reference that cannot be divided by gives a reason, no number."""
+    """Δ against a reference run; one that cannot be divided by gives a reason, no number."""
     directions = {task: t.higher_is_better for task, t in tasks.items()}
     base: Metrics = {
         task: {k: float("nan") if v is None else v for k, v in values.items()}

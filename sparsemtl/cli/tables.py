@@ -62,16 +62,18 @@ def component_table(summary: Mapping[str, Any]) -> Table:
     """Sparsity, weights and work per component; work counts multiply-adds (1 MAC = 2 FLOP)."""
     sparsity, work = summary["sparsity"], summary["flops"]
     height, width = work["input"][-2:]
-    table = Table(box=SIMPLE_HEAD, title_justify="left", title=f"components (work at {height}×{width}, 1 MAC = 2 FLOP)")
+    table = Table(
+        box=SIMPLE_HEAD,
+        title_justify="left",
+        title=f"components (work at {height}×{width}, 1 MAC = 2 FLOP)",
+    )
     table.add_column("component")
     for heading in ("sparsity %", "weights", "nonzero", "dense MMAC", "sparse MMAC"):
         table.add_column(heading, justify="right")
     for name, value in sparsity["components"].items():
         total, zeros = sparsity["component_weights"][name], sparsity["component_zeros"][name]
         part = work["components"][name]
-        table.add_row(
-            name, f"{100 * value:.2f}", f"{total:,}", f"{total - zeros:,}", *_mega(part)
-        )
+        table.add_row(name, f"{100 * value:.2f}", f"{total:,}", f"{total - zeros:,}", *_mega(part))
     table.add_row(
         "overall",
         f"{100 * sparsity['overall']:.2f}",
@@ -104,7 +106,9 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
     deltas = result["delta"]["tasks"]
     for task in result["metrics"]:
         console.print(
-            _task_table(task, {result["split"]: result["metrics"]}, {result["split"]: deltas.get(task)})
+            _task_table(
+                task, {result["split"]: result["metrics"]}, {result["split"]: deltas.get(task)}
+            )
         )
     console.print(_delta_line(result["delta"]), highlight=False)
     console.print(f"sparsity {100 * result['sparsity']['overall']:.2f} %", highlight=False)

@@ -98,8 +98,10 @@ class Train:
 
     def run(self) -> int:
         if (self.out is None) == (self.resume is None):
-            raise ValueError("Expected either --out DIR (a new run) or --resume DIR, got "
-                             + ("neither" if self.out is None else "both"))
+            raise ValueError(
+                "Expected either --out DIR (a new run) or --resume DIR, got "
+                + ("neither" if self.out is None else "both")
+            )
         if self.resume is not None:
             self._check_only_resume()
             run = resume_run(RunFolder(self.resume))
@@ -138,9 +140,7 @@ class Train:
             model=_changed(config.model, name=self.model, width=self.width, dropout=self.dropout),
             method=self._method(config),
             train=self._train(config),
-            **_given(
-                tasks=self.tasks or None, baseline=self.baseline, delta_form=self.delta_form
-            ),
+            **_given(tasks=self.tasks or None, baseline=self.baseline, delta_form=self.delta_form),
         )
         if config.baseline not in configs.BASELINES:
             baseline_summary(config.baseline)  # fail before training, not after
@@ -162,7 +162,9 @@ class Train:
         known = {f.name: f for f in dataclasses.fields(data)}
         for option in options:
             if option not in known:
-                raise ValueError(unknown_choice(f"an option of {name or 'the data'}", option, known))
+                raise ValueError(
+                    unknown_choice(f"an option of {name or 'the data'}", option, known)
+                )
         values = {k: _like(getattr(data, k), v, k) for k, v in options.items()}
         return dataclasses.replace(data, **values)
 
@@ -177,9 +179,8 @@ class Train:
         )
         if not isinstance(method, AdapMTLConfig):
             if asked:
-                raise ValueError(
-                    f"Expected --method adapmtl with {', '.join('--' + a for a in asked)}, got dense"
-                )
+                flags = ", ".join("--" + name.replace("_", "-") for name in asked)
+                raise ValueError(f"Expected --method adapmtl with {flags}, got dense")
             return method
         control = asked.pop("control", None)
         return dataclasses.replace(

@@ -29,8 +29,6 @@ def build_method(config: MethodConfig, components: Mapping[str, Any] | None = No
     """The method a config belongs to.   components: map for a user's own network, or None."""
     for config_type, method_type in METHODS.values():
         if type(config) is config_type:
-            if method_type is Dense:
-                return Dense(config)
             method: Method = method_type(config, components)
             return method
     raise TypeError(f"build_method: Expected the config of one of {list(METHODS)}, got {config!r}")

@@ -41,7 +41,9 @@ class AdapMTLConfig:
             ("split", self.split, SPLITS),
         ):
             if value not in choices:
-                raise ValueError(f"AdapMTLConfig: Expected {name} in {list(choices)}, got {value!r}")
+                raise ValueError(
+                    f"AdapMTLConfig: Expected {name} in {list(choices)}, got {value!r}"
+                )
         if not self.travel >= 0.0:
             raise ValueError(f"AdapMTLConfig: Expected travel >= 0, got {self.travel}")
 
@@ -52,9 +54,7 @@ class AdapMTL(Method):
     name = "adapmtl"
     default_weighting = "adaptive"
 
-    def __init__(
-        self, config: AdapMTLConfig, components: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, config: AdapMTLConfig, components: Mapping[str, Any] | None = None) -> None:
         self.config = config
         self.component_map = components
         self.sparsity_target = config.sparsity
@@ -62,9 +62,7 @@ class AdapMTL(Method):
 
     def prepare(self, model: nn.Module, steps: int, batches: Iterable[Any] = ()) -> None:
         config = self.config
-        sparsify(
-            model, self.component_map, grouping=config.grouping, theta_init=config.theta_init
-        )
+        sparsify(model, self.component_map, grouping=config.grouping, theta_init=config.theta_init)
         self.sparsity = _sparsity_of(model)
         self.controller = Controller(config.controller, self.sparsity, config.sparsity, steps)
         self.joint = config.split == "joint" and config.controller.control == "exact"

@@ -13,7 +13,6 @@ class StepState(Protocol):
     """What a method sees of the training state."""
 
     step: int  # finished optimizer steps
-    total_steps: int
     model: nn.Module
     optimizer: Optimizer
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sparsemtl.methods.base import Method
 
@@ -15,5 +17,5 @@ class DenseConfig:
 class Dense(Method):
     """Trains every weight."""
 
-    def __init__(self, config: DenseConfig) -> None:
+    def __init__(self, config: DenseConfig, components: Mapping[str, Any] | None = None) -> None:
         self.config = config

@@ -98,13 +98,13 @@ class Controller:
         theta = self.sparsity.theta.detach().double().cpu()
         shift = solve_common_shift(histograms, theta, sparsity)
         with torch.no_grad():
-            self.sparsity.theta += shift
+            self.sparsity.theta.add_(shift)
         self._common = self.sparsity.theta.detach().mean().item()
 
     def _hold_common_level(self) -> None:
         assert self._common is not None
         with torch.no_grad():
-            self.sparsity.theta += self._common - self.sparsity.theta.mean().item()
+            self.sparsity.theta.add_(self._common - self.sparsity.theta.mean().item())
 
     def state_dict(self) -> dict[str, Any]:
         return {"common": self._common}

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from sparsemtl.sparsity.sparsify import desparsify
+from sparsemtl.sparsity.sparsify import Sparsity, desparsify
 
 
 def finalize(model: nn.Module, *, in_place: bool = False) -> nn.Module:
@@ -16,12 +16,14 @@ def finalize(model: nn.Module, *, in_place: bool = False) -> nn.Module:
     Ordinary torch layers, ordinary state-dict keys; every weight is S(W, α), or the masked weight.
     raises: ValueError if the model was not sparsified.
     """
-    if getattr(model, "sparsity", None) is None:
+    if not isinstance(getattr(model, "sparsity", None), Sparsity):
         raise ValueError("finalize: Expected a sparsified model (see sparsify), got a plain one")
     model = model if in_place else copy.deepcopy(model)
     modules = dict(model.named_modules())
+    sparsity = model.sparsity
+    assert isinstance(sparsity, Sparsity)
     with torch.no_grad():
-        for _, layer, value in list(model.sparsity.effective_weights()):
+        for _, layer, value in list(sparsity.effective_weights()):
             weight = modules[layer].weight
             assert isinstance(weight, torch.Tensor)
             weight.copy_(value)

@@ -30,14 +30,14 @@ class SparseLayer(nn.Module):
         return self.weight if slot is None else slot.effective_weight(self.weight)
 
 
-class SparseConv2d(SparseLayer, nn.Conv2d):
+class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[misc]  # weight: the same in both
     """nn.Conv2d whose weight is shrunk by its component's threshold. [B, C, H, W] → [B, K, h, w]"""
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.effective_weight(), self.bias)
 
 
-class SparseLinear(SparseLayer, nn.Linear):
+class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[misc]  # weight: the same in both
     """nn.Linear whose weight is shrunk by its component's threshold. [..., C] → [..., K]"""
 
     def forward(self, input: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ def top_masks(scores: Sequence[Sequence[Tensor]], kept: int) -> tuple[list[list[
         keep = flat > cut
         ties = (flat == cut).nonzero().squeeze(1)
         keep[ties[: kept - int(keep.sum())]] = True
-    masks, start = [], 0
+    masks: list[list[Tensor]] = []
+    start = 0
     for group in scores:
         masks.append([])
         for layer in group:

@@ -132,9 +132,17 @@ class Sparsity(nn.Module):
                     assert isinstance(module, SparseLayer)
                     yield name, layer, module.effective_weight().detach()
 
+    def forward(self, value: Any) -> Any:
+        """The value itself: an nn.Sequential runs its children, of which this is now one."""
+        return value
+
     def resume_state(self) -> dict[str, Any]:
         """θ and the masks, for a checkpoint. (The model's own state dict stays a dense model's.)"""
-        return {"theta": self.theta.detach().clone(), "groups": self.group_names, "masks": self.masks}
+        return {
+            "theta": self.theta.detach().clone(),
+            "groups": self.group_names,
+            "masks": self.masks,
+        }
 
     def load_resume_state(self, state: Mapping[str, Any]) -> None:
         if list(state["groups"]) != self.group_names:
@@ -177,7 +185,9 @@ def sparsify(
     source:     AdapMTL, Eq. 2.
     """
     if getattr(model, "sparsity", None) is not None:
-        raise ValueError("sparsify: Expected a model without `sparsity`, got one already sparsified")
+        raise ValueError(
+            "sparsify: Expected a model without `sparsity`, got one already sparsified"
+        )
     if grouping not in GROUPINGS:
         raise ValueError(f"sparsify: Expected grouping in {list(GROUPINGS)}, got {grouping!r}")
     found = find_components(model, components)
@@ -209,8 +219,8 @@ def desparsify(model: nn.Module) -> nn.Module:
     """Undo `sparsify`, in place: plain torch layers again, weights as they are."""
     for module in model.modules():
         if isinstance(module, SparseLayer):
-            module.__class__ = DENSE_LAYERS[type(module)]
             del module.slot
+            object.__setattr__(module, "__class__", DENSE_LAYERS[type(module)])
     for hooks, ours in (
         (model._forward_pre_hooks, _compute_values),
         (model._forward_hooks, _drop_values),

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from sparsemtl.models.component import Component
-
 from sparsemtl.sparsity.layers import SparseLayer, unique_layers
 
 if TYPE_CHECKING:
@@ -59,7 +58,8 @@ def count_dead(sparsity: Sparsity) -> dict[str, tuple[int, int]]:
         for name, component in sparsity.components.items():
             dead = total = 0
             for _, module in unique_layers(component):
-                assert isinstance(module, SparseLayer) and module.slot is not None
+                assert isinstance(module, SparseLayer)
+                assert module.slot is not None
                 dead += sparsity.dead_count(module.slot.group, module.slot.place)
                 total += module.weight.numel()
             counts[name] = (dead, total)
@@ -94,8 +94,9 @@ def sparsity_report(model: nn.Module, components: Mapping[str, Component]) -> Sp
     A sparsified model is counted through its thresholds and masks, a plain one as it stands.
     """
     sparsity = getattr(model, "sparsity", None)
+    rows: list[tuple[str, str, Tensor]]
     if sparsity is not None:
-        rows = [(c, layer, value) for c, layer, value in sparsity.effective_weights()]
+        rows = list(sparsity.effective_weights())
     else:
         rows = [
             (name, layer, module.weight.detach())

@@ -1,11 +1,10 @@
-"""What happens around the steps: logs, checkpoints, evaluation, signals. Each is (TrainState) → None."""
+"""What happens around the steps: logs, checkpoints, evaluation, signals."""
 
 from __future__ import annotations
 
 import json
 import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -141,9 +140,7 @@ class Evaluator:
         self.latest: dict[str, dict[str, float]] = {}
 
     def __call__(self, state: TrainState) -> None:
-        self.latest = evaluate(
-            state.model, state.tasks, self.dataset, batch_size=self.batch_size
-        )
+        self.latest = evaluate(state.model, state.tasks, self.dataset, batch_size=self.batch_size)
         self.log.write({"step": state.step, "evaluation": self.latest})
 
 
@@ -172,5 +169,3 @@ class StopOnSignal:
     def __call__(self, state: TrainState) -> None:
         if self.received is not None:
             state.stop_requested = True
-
-

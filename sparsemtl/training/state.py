@@ -52,9 +52,7 @@ class TrainConfig:
                 raise ValueError(f"TrainConfig: Expected {name} >= 1 or None, got {value}")
         for task, weight in self.loss_weights.items():
             if not weight >= 0.0:
-                raise ValueError(
-                    f"TrainConfig: Expected loss_weights[{task!r}] >= 0, got {weight}"
-                )
+                raise ValueError(f"TrainConfig: Expected loss_weights[{task!r}] >= 0, got {weight}")
 
 
 @dataclass

@@ -6,6 +6,7 @@ come from here.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -118,7 +119,7 @@ class AdaptiveReleased(Adaptive):
 
     def _fluctuation(self, task: str, loss: float) -> float:
         values = list(self.history[task])
-        steps = [abs(a - b) / abs(b) for a, b in zip(values, values[1:]) if b != 0.0]
+        steps = [abs(a - b) / abs(b) for a, b in itertools.pairwise(values) if b != 0.0]
         return math.fsum(steps) / len(steps) if steps else 0.0
 
     def _factors(self, fluctuation: Mapping[str, float]) -> dict[str, float]:

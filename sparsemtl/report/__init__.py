@@ -1,0 +1,1 @@
+"""Figures of a run: data in, matplotlib Figure out."""

@@ -1,0 +1,168 @@
+"""Figures of a run. Each function takes plain data and returns a Figure; no global plot state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = ("#3b6fb6", "#d9822b", "#3a9a6b", "#b5446e", "#7a5fb0", "#7d7d7d")
+STYLE = {"fontsize": 10, "loc": "left"}
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """One line of the picture grid: named RGB pictures [H, W, 3], uint8."""
+
+    pictures: Mapping[str, np.ndarray]
+
+
+def training_curves(
+    rows: Sequence[Mapping[str, Any]],
+    requested: float = 0.0,
+    baseline_rows: Sequence[Mapping[str, Any]] = (),
+) -> Figure:
+    """Losses, task factors, sparsity and thresholds over the steps.
+
+    rows: the lines of metrics.jsonl; baseline_rows: the dense twin's, drawn dotted.
+    """
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 2)
+    _losses(axes[0, 0], rows, baseline_rows)
+    _factors(axes[0, 1], rows)
+    _sparsity(axes[1, 0], rows, requested)
+    _alphas(axes[1, 1], rows)
+    for axis in axes.flat:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def allocation(summary: Mapping[str, Any]) -> Figure:
+    """How the zeros are spread: over the components, and over the layers in network order."""
+    sparsity = summary["sparsity"]
+    names = list(sparsity["components"])
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 2))
+    values = [100 * sparsity["components"][n] for n in names]
+    left.barh(names[::-1], values[::-1], color=[_colour(i) for i in range(len(names))][::-1])
+    for place, value in enumerate(values[::-1]):
+        left.text(min(value, 96) - 1, place, f"{value:.2f}", va="center", ha="right", color="w")
+    left.axvline(100 * sparsity["overall"], color="k", lw=1, ls="--")
+    left.set_title(f"sparsity by component, overall {100 * sparsity['overall']:.2f} %", **STYLE)
+    left.set_xlim(0, 100)
+    left.set_xlabel("% zeros")
+    layers = sparsity["layers"]
+    owners = [_owner(layer, names) for layer in layers]
+    right.bar(
+        range(len(layers)), [100 * v for v in layers.values()], color=[_colour(o) for o in owners]
+    )
+    right.set_title("by layer, in network order", **STYLE)
+    right.set_xlabel("layer")
+    right.set_ylim(0, 100)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def picture_grid(rows: Sequence[PictureRow]) -> Figure:
+    """Pictures in a grid; the column titles are the first row's names."""
+    columns = list(rows[0].pictures)
+    height, width = next(iter(rows[0].pictures.values())).shape[:2]
+    cell = 1.9
+    figure = Figure(
+        figsize=(cell * len(columns), cell * height / width * len(rows) + 0.4),
+        layout="constrained",
+    )
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for line, row in zip(axes, rows, strict=True):
+        for axis, name in zip(line, columns, strict=True):
+            axis.imshow(row.pictures[name], interpolation="nearest")
+            axis.set_axis_off()
+    for axis, name in zip(axes[0], columns, strict=True):
+        axis.set_title(name, fontsize=8)
+    return figure
+
+
+def _losses(
+    axis: Axes, rows: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]
+) -> None:
+    axis.set_title("training loss per task (smoothed); dotted: dense", **STYLE)
+    for style, lines in (("-", rows), (":", baseline)):
+        steps, losses = _series(lines, "loss")
+        for i, (task, values) in enumerate(losses.items()):
+            label = task if style == "-" else None
+            axis.plot(steps, _smooth(values), style, color=_colour(i), label=label, lw=1.3)
+    axis.set_yscale("log")
+
+
+def _factors(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    axis.set_title("task weighting β (smoothed)", **STYLE)
+    steps, factors = _series(rows, "factor")
+    for i, (task, values) in enumerate(factors.items()):
+        axis.plot(steps, _smooth(values), color=_colour(i), label=task, lw=1.3)
+
+
+def _sparsity(axis: Axes, rows: Sequence[Mapping[str, Any]], requested: float) -> None:
+    axis.set_title("sparsity per component, %", **STYLE)
+    counted = [r for r in rows if "sparsity" in r]
+    steps = [r["step"] for r in counted]
+    if not counted:
+        axis.text(0.5, 0.5, "dense", ha="center", va="center", transform=axis.transAxes)
+        return
+    for i, name in enumerate(counted[0]["sparsity"]["components"]):
+        values = [100 * r["sparsity"]["components"][name] for r in counted]
+        axis.plot(steps, values, color=_colour(i), label=name, lw=1.5)
+    overall = [100 * r["sparsity"]["overall"] for r in counted]
+    axis.plot(steps, overall, color="k", lw=1.5, label="overall")
+    axis.axhline(100 * requested, color="k", lw=0.8, ls="--")
+    axis.set_ylim(0, 101)
+
+
+def _alphas(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    axis.set_title("threshold α per component, until the mask is fixed", **STYLE)
+    open_rows = [r for r in rows if "alpha" in r and not r.get("frozen")]
+    if not open_rows:
+        axis.text(0.5, 0.5, "no thresholds", ha="center", va="center", transform=axis.transAxes)
+        return
+    for i, name in enumerate(open_rows[0]["alpha"]):
+        values = [r["alpha"][name] for r in open_rows]
+        axis.plot([r["step"] for r in open_rows], values, color=_colour(i), label=name, lw=1.5)
+    axis.set_yscale("log")
+
+
+def _series(
+    rows: Sequence[Mapping[str, Any]], key: str
+) -> tuple[list[int], dict[str, list[float]]]:
+    found = [r for r in rows if key in r]
+    names = list(found[0][key]) if found else []
+    return [r["step"] for r in found], {n: [r[key][n] for r in found] for n in names}
+
+
+def _smooth(values: Sequence[float]) -> np.ndarray:
+    """Exponential average with a memory of a fiftieth of the run."""
+    keep = 1.0 - 1.0 / max(1.0, len(values) / 50)
+    mean, smoothed = values[0] if values else 0.0, []
+    for value in values:
+        mean = keep * mean + (1.0 - keep) * value
+        smoothed.append(mean)
+    return np.array(smoothed)
+
+
+def _owner(layer: str, components: Sequence[str]) -> int:
+    """Index of the component that a layer's name belongs to."""
+    for i, name in enumerate(components):
+        if layer.startswith(name.replace("head:", "heads.") + "."):
+            return i
+    return len(components)
+
+
+def _colour(i: int) -> str:
+    return COLOURS[i % len(COLOURS)]
