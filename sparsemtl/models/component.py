@@ -13,10 +13,13 @@ from difflib import get_close_matches
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from sparsemtl.errors import unknown_choice
+
 Layer = nn.Conv2d | nn.Linear
 ComponentMap = Mapping[str, str | nn.Module | Sequence[str | nn.Module]]
 
 BACKBONE = "backbone"
+GROUPINGS = ("component", "one", "two", "layer")
 
 
 def head_name(task: str) -> str:
@@ -108,8 +111,7 @@ def merge_components(
         }
     if how == "layer":
         return _by_layer(components.values())
-    choices = ["component", "one", "two", "layer"]
-    raise ValueError(f"merge_components: Expected how to be one of {choices}, got {how!r}")
+    raise ValueError(f"merge_components: {unknown_choice('how', how, GROUPINGS)}")
 
 
 def _joined(name: str, components: Iterable[Component]) -> Component:

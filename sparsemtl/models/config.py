@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import nn
 
+from sparsemtl.errors import unknown_choice
 from sparsemtl.models.backbones import DeepLabResNet, MobileNetV2
 from sparsemtl.models.heads import HIDDEN, RATES, ASPPHead
 from sparsemtl.models.mtl import MultitaskModel, check_task_names
@@ -31,9 +32,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.name not in MODELS:
-            raise ValueError(
-                f"ModelConfig: Expected name to be one of {list(MODELS)}, got {self.name!r}"
-            )
+            raise ValueError(f"ModelConfig: {unknown_choice('name', self.name, MODELS)}")
         if not 0.0 < self.width < float("inf"):
             raise ValueError(f"ModelConfig: Expected width > 0, got {self.width}")
         if not 0.0 <= self.dropout < 1.0:

@@ -130,21 +130,22 @@ class Task(ABC):
 
     def check_target_shapes(self, target: Tensor, valid: Tensor) -> None:
         """Raise ValueError or TypeError unless target and valid belong together."""
+        # Texts are made where they are raised: torch.compile cannot trace every f-string.
         if self.target_channels:
-            shape, dtype = f"[B, {self.channels}, H, W]", "a floating-point"
             shape_fits = target.dim() == 4 and target.shape[1] == self.channels
             dtype_fits = target.is_floating_point()
         else:
-            shape, dtype = "[B, H, W]", "an integer"
             shape_fits = target.dim() == 3
             dtype_fits = not (
                 target.is_floating_point() or target.is_complex() or target.dtype == torch.bool
             )
         if not shape_fits:
+            shape = f"[B, {self.channels}, H, W]" if self.target_channels else "[B, H, W]"
             raise ValueError(
                 f"{self.name}: Expected target of shape {shape}, got {list(target.shape)}"
             )
         if not dtype_fits:
+            dtype = "a floating-point" if self.target_channels else "an integer"
             raise TypeError(f"{self.name}: Expected target of {dtype} dtype, got {target.dtype}")
         expected = [target.shape[0], *target.shape[-2:]]
         if list(valid.shape) != expected:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 INVALID = (64, 64, 64)
 _GOLDEN = 0.618033988749895  # steps of the golden ratio keep neighbouring hues apart
-_TONES = ((0.62, 0.92), (0.80, 0.70), (0.38, 0.82))  # saturation, value
+_TONES = ((0.5, 0.98), (0.85, 0.70), (0.35, 0.78), (0.75, 0.45), (0.9, 0.9))  # saturation, value
 
 _MAP = np.array(  # dark violet over green to yellow: even in lightness, readable in grey
     [
