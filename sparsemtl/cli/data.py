@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from sparsemtl.data import ScenesConfig
-from sparsemtl.data.check import check_dataset
-from sparsemtl.data.write import write_dataset
+from sparsemtl.data import ScenesConfig, check_dataset, write_dataset
 from sparsemtl.training.checkpoint import write_json
 
 
@@ -22,7 +19,8 @@ class WriteScenes:
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """New folder."""
     layout: str = "nyuv2"
-    """nyuv2 (AdaShare: json, png, npy) or mtan (npy folders)."""
+    """nyuv2 (AdaShare: json, png, npy) or mtan (npy folders); keypoints and edges have no place
+    in either."""
     frames: int = 512
     """Training frames."""
     frames_test: int = 64
@@ -40,8 +38,9 @@ class WriteScenes:
             frames_test=self.frames_test,
             seed=self.seed,
         )
-        write_dataset(config, self.out, layout=self.layout, overwrite=self.overwrite)
-        print(f"{self.frames} training and {self.frames_test} test frames in {self.out}")
+        counts = write_dataset(config, self.out, self.layout, overwrite=self.overwrite)
+        frames = ", ".join(f"{count} {split}" for split, count in counts.items())
+        print(f"{self.out}: {frames} frames of {self.height}×{self.width} (layout {self.layout})")
         return 0
 
 
@@ -51,7 +50,7 @@ class CheckData:
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     layout: str | None = None
-    """nyuv2 or mtan; found out if not given."""
+    """nyuv2 (AdaShare) or mtan; found out if not given."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the report here too."""
 
@@ -59,7 +58,5 @@ class CheckData:
         report = check_dataset(self.folder, self.layout)
         if self.json is not None:
             write_json(self.json, report.to_json())
-        for problem in report.problems:
-            print(problem, file=sys.stderr)
-        print(f"{self.folder}: {report.counts}, {len(report.problems)} problems")
+        print(report)
         return 0 if report.ok else 1

@@ -30,9 +30,7 @@ def draw(folder: RunFolder, config: RunConfig, summary: Mapping[str, Any]) -> No
         return
     requested = summary["sparsity"]["requested"]
     figures = {
-        "curves.png": plots.training_curves(
-            read_log(folder), requested, read_log(folder.baseline)
-        ),
+        "curves.png": plots.training_curves(read_log(folder), requested, read_log(folder.baseline)),
         "allocation.png": plots.allocation(summary),
         "predictions.png": plots.picture_grid(
             [plots.PictureRow(row) for row in prediction_rows(folder, config)]
@@ -56,9 +54,9 @@ def prediction_rows(folder: RunFolder, config: RunConfig) -> list[dict[str, np.n
     """Per test sample: the image, then target and predictions of each task, all uint8 RGB."""
     dataset = build_split(config, "test")
     tasks = build_tasks(config, dataset)
-    models: dict[str, nn.Module] = {"pruned" if folder.baseline.weights.exists() else "predicted": load_model(folder)}
+    models: dict[str, nn.Module] = {"predicted": load_model(folder)}
     if folder.baseline.weights.exists():
-        models = {"dense": load_model(folder.baseline), **models}
+        models = {"dense": load_model(folder.baseline), "pruned": models["predicted"]}
     places = np.linspace(0, len(dataset) - 1, min(SAMPLES, len(dataset))).round().astype(int)
     rows = []
     for place in places:

@@ -16,14 +16,16 @@ from sparsemtl.cli.run_folder import RunFolder
 from sparsemtl.cli.runner import Interrupted, baseline_summary, execute, new_run, resume_run
 from sparsemtl.cli.tables import print_summary
 from sparsemtl.config import RunConfig
-from sparsemtl.data import DATASETS
+from sparsemtl.data import dataset_config
 from sparsemtl.errors import unknown_choice
 from sparsemtl.methods import AdapMTLConfig
 from sparsemtl.training.weighting import WeightingConfig
 
-Text = str | None
-Whole = int | None
-Number = float | None
+Text = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+Whole = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
+Number = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
+Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")]
+Words = Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")]
 
 
 @dataclass
@@ -34,9 +36,9 @@ class Train:
     Ctrl-C saves; `--resume DIR` goes on exactly where the run was.
     """
 
-    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    out: Folder = None
     """New folder for the run."""
-    resume: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    resume: Folder = None
     """Continue this run; every other choice is the run's own."""
     preset: str = "demo"
     """demo, nyuv2-adapmtl-resnet34 or nyuv2-adapmtl-mobilenetv2."""
@@ -49,13 +51,13 @@ class Train:
     seed: Whole = None
     data: Text = None
     """scenes (procedural) or nyuv2."""
-    data_root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    data_root: Folder = None
     """Folder of a data set on disk; means --data nyuv2 unless said otherwise."""
-    data_option: tuple[str, ...] = ()
+    data_option: Words = ()
     """More data options, name=value, for example normals=encoded crop=224."""
     on_error: Text = None
     """What a damaged file does: raise or skip."""
-    tasks: tuple[str, ...] = ()
+    tasks: Words = ()
     """For example segmentation normals depth."""
     model: Text = None
     """deeplab-resnet18, deeplab-resnet34 or mobilenetv2."""
@@ -147,13 +149,10 @@ class Train:
         return config
 
     def _data(self, config: RunConfig) -> Any:
-        kinds = dict(DATASETS)
         name = self.data or ("nyuv2" if self.data_root is not None else None)
-        if name is not None and name not in kinds:
-            raise ValueError(unknown_choice("--data", name, kinds))
         data: Any = config.data
-        if name is not None and type(data) is not kinds[name]:
-            data = kinds[name]()
+        if name is not None and type(data) is not dataset_config(name):
+            data = dataset_config(name)()
         options = dict(_parse_option(o) for o in self.data_option)
         if self.data_root is not None:
             options["root"] = str(self.data_root)
@@ -241,8 +240,10 @@ def _like(old: Any, text: str, name: str) -> Any:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
         if kind in (int, float):
             return kind(text)
-        if kind is tuple:
-            return tuple(int(part) for part in text.split(","))
+        if kind is tuple or old is None:  # sizes: H,W, or one number for both
+            parts = text.split(",")
+            element = type(old[0]) if old else int
+            return tuple(element(part) for part in (parts if len(parts) > 1 else parts * 2))
     except (ValueError, KeyError) as error:
         raise ValueError(f"Expected --data-option {name} like {old!r}, got {text!r}") from error
     return text

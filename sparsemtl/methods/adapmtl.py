@@ -22,6 +22,8 @@ from sparsemtl.sparsity.sparsify import GROUPINGS, Sparsity, sparsify
 from sparsemtl.sparsity.split import SPLITS, JointSplit, pruning_slopes
 from sparsemtl.sparsity.stats import MagnitudeHistogram
 
+SHORTEST = 100  # steps of a ramp below which thresholds travel less
+
 
 @dataclass(frozen=True)
 class AdapMTLConfig:
@@ -67,7 +69,9 @@ class AdapMTL(Method):
         self.controller = Controller(config.controller, self.sparsity, config.sparsity, steps)
         self.joint = config.split == "joint" and config.controller.control == "exact"
         self.split = JointSplit(len(self.sparsity.groups))
-        self.rate = config.travel / max(1, self.controller.end - self.controller.start)
+        ramp = self.controller.end - self.controller.start
+        # A short ramp has too few noisy gradients to spend all of the travel on.
+        self.rate = config.travel / max(SHORTEST, ramp)
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """θ is decayed and stepped like a weight (paper); the joint split moves it itself."""

@@ -9,7 +9,7 @@ fixed at the exact count: the weights with the largest |w| / α_c, ties by index
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from sparsemtl.sparsity.sparsify import Sparsity
 from sparsemtl.sparsity.stats import MagnitudeHistogram, count_dead, overall_sparsity
 
 CONTROLS = ("exact", "free")
+LOWEST, HIGHEST = -120.0, 60.0  # of θ: α from below every float32 weight to exactly 1
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ControllerConfig:
     ramp_start: float = 0.1  # dense before
     freeze_at: float = 0.7  # the ramp ends and the mask is fixed; the rest trains the survivors
     solves: int = 200  # times the common level is solved along the ramp, at most every step
+    floor: float = 0.1  # every group keeps at least this share of the overall density; 0: none
 
     def __post_init__(self) -> None:
         who = type(self).__name__
@@ -41,6 +43,8 @@ class ControllerConfig:
                 f"{who}: Expected 0 <= ramp_start < freeze_at <= 1, "
                 f"got {self.ramp_start} and {self.freeze_at}"
             )
+        if not 0.0 <= self.floor <= 1.0:
+            raise ValueError(f"{who}: Expected floor in [0, 1], got {self.floor}")
         if self.solves < 1:
             raise ValueError(f"{who}: Expected solves >= 1, got {self.solves}")
 
@@ -83,7 +87,7 @@ class Controller:
                 freeze_survivors(self.sparsity)
             return
         if step >= self.end:
-            freeze_exactly(self.sparsity, self.target)
+            freeze_exactly(self.sparsity, self.target, self.config.floor)
         elif step > self.start:
             if (step - self.start) % self.every == 0 or self._common is None:
                 self._solve(cubic_ramp((step - self.start) / (self.end - self.start), self.target))
@@ -96,9 +100,10 @@ class Controller:
             for g in range(len(self.sparsity.groups))
         ]
         theta = self.sparsity.theta.detach().double().cpu()
-        shift = solve_common_shift(histograms, theta, sparsity)
+        most = 1.0 - self.config.floor * (1.0 - sparsity)
+        solved = solve_common_shift(histograms, theta, sparsity, most)
         with torch.no_grad():
-            self.sparsity.theta.add_(shift)
+            self.sparsity.theta.copy_(solved)
         self._common = self.sparsity.theta.detach().mean().item()
 
     def _hold_common_level(self) -> None:
@@ -114,40 +119,97 @@ class Controller:
 
 
 def solve_common_shift(
-    histograms: list[MagnitudeHistogram], theta: Tensor, sparsity: float
-) -> float:
-    """The number to add to every θ so that a fraction `sparsity` of all weights is dead.
+    histograms: list[MagnitudeHistogram], theta: Tensor, sparsity: float, most: float = 1.0
+) -> Tensor:
+    """Shift every θ by one number so that a fraction `sparsity` of all weights is dead.
 
-    theta: [G] float64, on the CPU.   By bisection on the histograms; exact to one bin (0.4 %).
+    theta:   [G] float64, on the CPU
+    most:    no group's own sparsity may exceed this: its θ stops there, the others make up for it
+    returns: [G] the shifted θ, by bisection on the histograms; exact to one bin (0.4 %)
     """
     total = sum(h.numel for h in histograms)
-    low, high = -120.0 - float(theta.max()), 60.0 - float(theta.min())
+
+    def dead(shift: float) -> float:
+        alpha = torch.sigmoid(theta + shift).tolist()
+        return sum(
+            min(h.count_below(a), most * h.numel) for h, a in zip(histograms, alpha, strict=True)
+        )
+
+    shift = _bisect(
+        lambda middle: dead(middle) >= sparsity * total,
+        LOWEST - float(theta.max()),
+        HIGHEST - float(theta.min()),
+    )
+    ceilings = [_ceiling(h, most) for h in histograms]
+    return torch.minimum(theta + shift, torch.tensor(ceilings, dtype=theta.dtype))
+
+
+def _ceiling(histogram: MagnitudeHistogram, most: float) -> float:
+    """The θ at which a fraction `most` of one group is dead."""
+    enough = most * histogram.numel
+    return _bisect(
+        lambda theta: histogram.count_below(1.0 / (1.0 + math.exp(-theta))) >= enough,
+        LOWEST,
+        HIGHEST,
+    )
+
+
+def _bisect(enough: Callable[[float], bool], low: float, high: float) -> float:
+    """Where a monotone condition turns true, between `low` and `high`."""
     for _ in range(60):
         middle = 0.5 * (low + high)
-        alpha = torch.sigmoid(theta + middle).tolist()
-        dead = sum(h.count_below(a) for h, a in zip(histograms, alpha, strict=True))
-        low, high = (low, middle) if dead >= sparsity * total else (middle, high)
+        low, high = (low, middle) if enough(middle) else (middle, high)
     return 0.5 * (low + high)
 
 
-def freeze_exactly(sparsity: Sparsity, target: float) -> None:
+def freeze_exactly(sparsity: Sparsity, target: float, floor: float = 0.0) -> None:
     """Fix the mask at exactly `target`, keeping the split that the thresholds have learned.
 
     The survivors are the weights with the largest |w| / α_c: what one more common shift of the
-    thresholds would leave, cut at the exact count.
+    thresholds would leave, cut at the exact count. A group that would keep less than `floor` of the
+    overall density keeps that much, and the others give it up.
     """
+    groups = range(len(sparsity.groups))
     with torch.no_grad():
         alpha = torch.sigmoid(sparsity.theta.double()).clamp_min(1e-300)
         alpha = alpha / alpha.max()  # only ratios matter; near 1, float32 scores keep their range
         scores = [
             [w.detach().abs().float() / alpha[g].item() for w in sparsity.weights(g)]
-            for g in range(len(sparsity.groups))
+            for g in groups
         ]
-        total = sum(s.numel() for group in scores for s in group)
-        masks, cut = top_masks(scores, kept_count(total, target))
+        sizes = [sum(s.numel() for s in group) for group in scores]
+        kept = kept_count(sum(sizes), target)
+        least = [int(floor * kept * size / sum(sizes)) for size in sizes]
+        masks, cuts = split_masks(scores, kept, least)
         # A hair below the cut, so that rounding leaves no survivor at exactly 0, ties included.
-        final = (alpha * (cut * (1.0 - 1e-6))).float()
-    sparsity.freeze(masks, final)
+        final = alpha.cpu() * torch.tensor(cuts, dtype=torch.float64) * (1.0 - 1e-6)
+    sparsity.freeze(masks, final.float().to(sparsity.theta.device))
+
+
+def split_masks(
+    scores: list[list[Tensor]], kept: int, least: list[int]
+) -> tuple[list[list[Tensor]], list[float]]:
+    """Masks that keep exactly `kept` scores, and of group g at least `least[g]`.
+
+    returns: the masks, and per group the largest score that was left out
+    """
+    held: dict[int, tuple[list[Tensor], float]] = {}  # groups that stop at their least
+    while True:
+        free = [g for g in range(len(scores)) if g not in held]
+        budget = kept - sum(least[g] for g in held)
+        masks, cut = top_masks([scores[g] for g in free], budget)
+        short = [
+            g
+            for g, group in zip(free, masks, strict=True)
+            if sum(int(m.sum()) for m in group) < least[g]
+        ]
+        if not short:
+            break
+        for g in short:
+            own, own_cut = top_masks([scores[g]], least[g])
+            held[g] = (own[0], own_cut)
+    held |= {g: (group, cut) for g, group in zip(free, masks, strict=True)}
+    return [held[g][0] for g in range(len(scores))], [held[g][1] for g in range(len(scores))]
 
 
 def freeze_survivors(sparsity: Sparsity) -> None:

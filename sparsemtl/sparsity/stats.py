@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsemtl.models.component import Component
 from sparsemtl.sparsity.layers import SparseLayer, unique_layers
-
-if TYPE_CHECKING:
-    from sparsemtl.sparsity.sparsify import Sparsity
+from sparsemtl.sparsity.sparsify import Sparsity
 
 SHIFT = 15  # keeps a float's exponent and 8 bits of its mantissa: bins 0.4 % wide
 BINS = 0x7F800000 >> SHIFT
@@ -95,7 +93,7 @@ def sparsity_report(model: nn.Module, components: Mapping[str, Component]) -> Sp
     """
     sparsity = getattr(model, "sparsity", None)
     rows: list[tuple[str, str, Tensor]]
-    if sparsity is not None:
+    if isinstance(sparsity, Sparsity):
         rows = list(sparsity.effective_weights())
     else:
         rows = [

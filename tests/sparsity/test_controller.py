@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -107,8 +109,7 @@ def test_the_common_shift_gives_the_sparsity(sparsity, offset):
     weights = [s * torch.randn(n, generator=generator) for s, n in ((0.1, 5000), (0.01, 3000))]
     histograms = [MagnitudeHistogram.of([w]) for w in weights]
     theta = torch.tensor([-5.0, -5.0 + offset], dtype=torch.float64)
-    shift = solve_common_shift(histograms, theta, sparsity)
-    alpha = torch.sigmoid(theta + shift)
+    alpha = torch.sigmoid(solve_common_shift(histograms, theta, sparsity))
     dead = sum(int((w.abs() <= a).sum()) for w, a in zip(weights, alpha, strict=True))
     assert abs(dead / 8000 - sparsity) < 0.005
 
@@ -162,9 +163,29 @@ def test_any_schedule_length_ends_at_the_target(steps, target):
     assert model.sparsity.frozen
     assert abs(seen[-1] - target) <= 0.5 / 3200
     if steps == 150:
-        assert all(b >= a - 0.01 for a, b in zip(seen, seen[1:], strict=False))
+        assert all(b >= a - 0.01 for a, b in pairwise(seen))
         frozen_at = next(i for i, s in enumerate(seen) if s == seen[-1])
         assert frozen_at <= 110
+
+
+@given(sparsity=st.floats(0.3, 0.99), floor=st.floats(0.0, 1.0))
+@settings(max_examples=20)
+def test_no_group_falls_below_its_floor(sparsity, floor):
+    generator = torch.Generator().manual_seed(0)
+    model = sparsified(
+        0.1 * torch.randn(60, 50, generator=generator),
+        1e-4 * torch.randn(40, 60, generator=generator),
+    )
+    least = floor * (1.0 - sparsity)
+    histograms = [MagnitudeHistogram.of(model.sparsity.weights(g)) for g in range(2)]
+    theta = model.sparsity.theta.detach().double()
+    alpha = torch.sigmoid(solve_common_shift(histograms, theta, sparsity, 1.0 - least))
+    alive = (model[1].weight.abs() > alpha[1]).float().mean()
+    assert float(alive) >= least - 0.01
+    freeze_exactly(model.sparsity, sparsity, floor)
+    report = sparsity_report(model, model.sparsity.components)
+    assert report.zeros == 5400 - kept_count(5400, sparsity)
+    assert 1.0 - report.components["head:a"] >= least - 2 / 2400
 
 
 def test_free_control_fixes_the_mask_when_the_target_is_crossed():
@@ -222,6 +243,7 @@ def test_slopes_count_the_weights_near_the_threshold():
         ({"control": "manual"}, "Expected control in"),
         ({"ramp_start": 0.8}, "Expected 0 <= ramp_start < freeze_at"),
         ({"freeze_at": 1.2}, "Expected 0 <= ramp_start < freeze_at"),
+        ({"floor": 1.5}, r"Expected floor in \[0, 1\]"),
         ({"solves": 0}, "Expected solves >= 1"),
     ],
 )
