@@ -132,7 +132,7 @@ def _read_json(root: Path, list_file: str) -> Listing:
                     problems.append(_list_problem(source, expected, repr(entry)[:120]))
             frames[key] = tuple(good)
     problems += [
-        _list_problem(source, f"the key {key!r}", f"the keys {list(lists)}")
+        Problem(str(source), "missing", f"the key {key!r}", f"the keys {list(lists)}")
         for key in ("train", "test")
         if key not in lists
     ]
@@ -161,9 +161,11 @@ def _read_folders(root: Path) -> Listing:
                     numbers.add(int(path.stem))
                 elif not path.name.startswith("."):
                     problems.append(_list_problem(path, "files named {i}.npy only", path.name))
-        count = max(numbers, default=-1) + 1
+        if numbers and max(numbers) >= len(numbers):
+            found = f"{len(numbers)} numbers up to {max(numbers)}"
+            problems.append(_list_problem(base, "files 0.npy .. N-1.npy without a gap", found))
         frames[split] = tuple(
             FrameFiles(*(base / MTAN_FOLDERS[kind] / f"{i}.npy" for kind in KINDS))
-            for i in range(count)
+            for i in sorted(numbers)
         )
     return Listing("mtan", root, frames, tuple(problems))

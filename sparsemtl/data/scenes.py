@@ -59,6 +59,20 @@ class ScenesConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        whole = (
+            "height",
+            "width",
+            "frames_train",
+            "frames_val",
+            "frames_test",
+            "antialias",
+            "seed",
+        )
+        for name in whole:
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(
+                    f"ScenesConfig: Expected {name} as a whole number, got {getattr(self, name)!r}"
+                )
         positive = ("height", "width", "max_depth", "keypoint_sigma", "edge_sigma", "antialias")
         for name in positive:
             if not getattr(self, name) > 0:

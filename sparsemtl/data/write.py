@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from sparsemtl.errors import unknown_choice
 
 MANIFEST = "sparsemtl-scenes.json"
 WRITE_LAYOUTS = ("nyuv2", "mtan")
+Placed = tuple[str, int, dict[str, str]]  # split, index, relative path of each file
 _LARGEST_CODE = 254  # a valid normal never encodes to 255: readers take that for "no normal"
 
 
@@ -62,7 +64,7 @@ def write_dataset(
     if layout == "nyuv2":
         _write_nyuv2(config, out, counts)
     else:
-        _write_mtan(config, out, counts)
+        _write_frames(config, out, list(_mtan_frames(counts)), _mtan_files)
     _write_atomically(out / MANIFEST, _json({**manifest, "complete": True}))
     return counts
 
@@ -147,7 +149,7 @@ def _remove(out: Path, manifest: dict[str, Any]) -> None:
         (out / path).unlink(missing_ok=True)
 
 
-def _nyuv2_frames(counts: dict[str, int]) -> Iterable[tuple[str, int, dict[str, str]]]:
+def _nyuv2_frames(counts: dict[str, int]) -> Iterable[Placed]:
     """Split, index and relative paths of every frame; ids run on from split to split."""
     number = 0
     for split, count in counts.items():
@@ -166,7 +168,7 @@ def _nyuv2_frames(counts: dict[str, int]) -> Iterable[tuple[str, int, dict[str, 
             number += 1
 
 
-def _mtan_frames(counts: dict[str, int]) -> Iterable[tuple[str, int, dict[str, str]]]:
+def _mtan_frames(counts: dict[str, int]) -> Iterable[Placed]:
     for split, count in counts.items():
         base = MTAN_SPLITS[split]
         for index in range(count):
@@ -182,38 +184,58 @@ def _mtan_frames(counts: dict[str, int]) -> Iterable[tuple[str, int, dict[str, s
 
 def _write_nyuv2(config: ScenesConfig, out: Path, counts: dict[str, int]) -> None:
     lists: dict[str, list[list[str]]] = {key: [] for key in ("train", "train1", "train2", "test")}
-    for split, index, paths in _nyuv2_frames(counts):
+    frames = list(_nyuv2_frames(counts))
+    for split, _, paths in frames:
         entry = [paths[key] for key in ("image", "segmentation", "normals", "depth")]
         lists.setdefault(split, []).append(entry)
-        if not all((out / path).exists() for path in paths.values()):
-            frame = render(config, split, index)
-            depth = _within(frame, config.max_depth)
-            files = {
-                "image": _png(frame.image),
-                "segmentation": _png(to_40(frame.segmentation)),
-                "normals": _png(encode_normals(frame.normals)),
-                "depth": _npy(depth),
-                "seg13": _png((frame.segmentation + 1).astype(np.uint8)),
-            }
-            for key, data in files.items():
-                _write_atomically(out / paths[key], data)
+    _write_frames(config, out, frames, _nyuv2_files)
     lists["train1"], lists["train2"] = lists["train"][::2], lists["train"][1::2]
     _write_atomically(out / LIST_FILE, _json(lists))
 
 
-def _write_mtan(config: ScenesConfig, out: Path, counts: dict[str, int]) -> None:
-    for split, index, paths in _mtan_frames(counts):
+def _nyuv2_files(frame: Frame, max_depth: float) -> dict[str, bytes]:
+    return {
+        "image": _png(frame.image),
+        "segmentation": _png(to_40(frame.segmentation)),
+        "normals": _png(encode_normals(frame.normals)),
+        "depth": _npy(_within(frame, max_depth)),
+        "seg13": _png((frame.segmentation + 1).astype(np.uint8)),
+    }
+
+
+def _mtan_files(frame: Frame, max_depth: float) -> dict[str, bytes]:
+    return {
+        "image": _npy(frame.image.astype(np.float32) / np.float32(255.0)),
+        "label": _npy(frame.segmentation.astype(np.float32)),
+        "normal": _npy(frame.normals),
+        "depth": _npy(_within(frame, max_depth)[..., None]),
+    }
+
+
+def _write_frames(
+    config: ScenesConfig,
+    out: Path,
+    frames: Sequence[Placed],
+    encode: Callable[[Frame, float], dict[str, bytes]],
+) -> None:
+    """Render and write the frames of which a file is missing, on all cores."""
+
+    def write(placed: Placed) -> None:
+        split, index, paths = placed
         if all((out / path).exists() for path in paths.values()):
-            continue
-        frame = render(config, split, index)
-        arrays = {
-            "image": frame.image.astype(np.float32) / np.float32(255.0),
-            "label": frame.segmentation.astype(np.float32),
-            "normal": frame.normals,
-            "depth": _within(frame, config.max_depth)[..., None],
-        }
-        for key, array in arrays.items():
-            _write_atomically(out / paths[key], _npy(array))
+            return
+        files = encode(render(config, split, index), config.max_depth)
+        for key, data in files.items():
+            _write_atomically(out / paths[key], data)
+
+    # Threads suffice: numpy and the picture encoder release the interpreter's lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            for _ in pool.map(write, frames):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # a full disk or Ctrl-C: start no further frame
+            raise
 
 
 def _within(frame: Frame, max_depth: float) -> npt.NDArray[np.float32]:

@@ -88,7 +88,7 @@ def test_empty_and_missing_lists_are_reported(copied):
     path = copied["nyuv2"] / "nyu_v2_3task.json"
     path.write_text(json.dumps({"train": []}))
     kinds = [(p.kind, p.expected) for p in check_dataset(copied["nyuv2"]).problems]
-    assert kinds == [("list", "the key 'test'"), ("list", "at least one frame in 'train'")]
+    assert kinds == [("missing", "the key 'test'"), ("list", "at least one frame in 'train'")]
 
 
 def test_mtan_gaps_and_dtypes_are_reported(copied):
@@ -108,6 +108,16 @@ def test_mtan_gaps_and_dtypes_are_reported(copied):
         ("train/label/3.npy", "labels"),
         ("train/depth/notes.txt", "list"),
     }
+
+
+def test_a_gap_in_the_numbers_is_reported_and_costs_nothing(copied):
+    base = copied["mtan"] / "train"
+    for folder in ("image", "label", "normal", "depth"):
+        (base / folder / "3.npy").rename(base / folder / "2000000000.npy")
+    report = check_dataset(copied["mtan"])
+    assert [p.kind for p in report.problems] == ["list"]
+    assert "4 numbers up to 2000000000" in str(report)
+    assert report.counts["train"] == 4
 
 
 def test_missing_folders_and_roots_are_reported(copied, tmp_path):

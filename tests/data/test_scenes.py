@@ -262,6 +262,7 @@ BAD = {
     "frames": {"frames_train": -1},
     "normalisation": {"image_normalisation": "caffe"},
     "no-rays": {"antialias": 0},
+    "half-a-pixel": {"height": 96.5},
 }
 
 
