@@ -6,6 +6,7 @@ its own; `find_components` finds those of any other network from a map of names 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,6 +15,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from sparsemtl.errors import unknown_choice
+
+log = logging.getLogger(__name__)
 
 Layer = nn.Conv2d | nn.Linear
 ComponentMap = Mapping[str, str | nn.Module | Sequence[str | nn.Module]]
@@ -60,7 +63,7 @@ def find_components(
     component_map: component name → module name, module, or a sequence of them. A module name
                    stands for that module and everything inside it; "" is the whole model.
     returns:       component name → Component, in the order of the map. Layers that no entry
-                   names belong to no component and stay dense.
+                   names belong to no component and stay dense; they are logged.
     raises:        TypeError without a map or `components()`; ValueError for a name or a module
                    that the model has not, a layer or a weight in two components, a component
                    without Conv2d or Linear, or a weight that is not a plain parameter.
@@ -72,6 +75,10 @@ def find_components(
     if not components:
         raise ValueError("find_components: Expected at least one component, got none")
     _check_disjoint(components)
+    covered = {id(layer) for c in components.values() for _, layer in c.layers}
+    dense = [name for name, layer in layers_of(model) if id(layer) not in covered]
+    if dense:
+        log.info("layers that belong to no component stay dense: %s", ", ".join(dense))
     return components
 
 

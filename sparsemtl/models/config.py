@@ -31,6 +31,7 @@ class ModelConfig:
     rates: tuple[int, ...] = RATES  # dilation of each branch of a head
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rates", tuple(self.rates))  # JSON knows lists only
         if self.name not in MODELS:
             raise ValueError(f"ModelConfig: {unknown_choice('name', self.name, MODELS)}")
         if not 0.0 < self.width < float("inf"):

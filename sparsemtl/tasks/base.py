@@ -29,7 +29,8 @@ class Task(ABC):
 
     resolution: where the loss is computed. "prediction": labels are nearest-resized down to the
                 prediction and metrics see it nearest-resized up, as AdaShare, DiSparse and AdapMTL
-                do. "full": loss and metrics see the prediction upsampled bilinearly (MTAN).
+                do. "full": loss and metrics see the prediction upsampled bilinearly (MTAN);
+                torch has no deterministic CUDA gradient for it.
     """
 
     name: str

@@ -43,6 +43,7 @@ class Segmentation(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "class_weights", tuple(self.class_weights))
         self._check_option("miou_convention", self.miou_convention, MIOU_CONVENTIONS)
         self._check_option("pooling", self.pooling, POOLINGS)
         if self.channels < 2:

@@ -77,6 +77,12 @@ def test_map_of_modules_and_mixed_entries():
     assert names(components["label"]) == ["decoders.label"]
 
 
+def test_layers_of_no_component_are_logged(caplog):
+    with caplog.at_level("INFO"):
+        find_components(Own(), MAP)
+    assert "stay dense: decoders.label" in caplog.text
+
+
 def test_empty_name_is_the_whole_model():
     assert len(find_components(Own(), {"all": ""})["all"].layers) == 5
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 
 import pytest
 import torch
@@ -285,6 +287,11 @@ def test_bad_heads_get_a_clear_error(case):
     heads, text = case
     with pytest.raises(ValueError, match=text):
         build_model(ModelConfig(width=0.125), heads)
+
+
+def test_config_survives_json():
+    config = ModelConfig(rates=(1, 2))
+    assert ModelConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 def test_unknown_depth():
