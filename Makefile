@@ -18,9 +18,8 @@ setup: $(VENV)/built
 
 $(VENV)/installed: pyproject.toml constraints.txt .ci/environment.py
 	$(PYTHON) .ci/environment.py $(VENV)
-	@touch $(VENV)/installed $(VENV)/built
+	@touch $@
 
-# The install above has just built _C; this rule is for sources that change after it.
 $(VENV)/built: $(VENV)/installed $(NATIVE)
 	$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@

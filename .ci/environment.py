@@ -91,8 +91,10 @@ def main():
     pins = constraints_for(python, folder, keep_torch)
     install = [*pip_for(python), "install", "--quiet", "--disable-pip-version-check", "-c", pins]
     subprocess.check_call([*install, *BUILD_TOOLS])
-    # No isolation: the tools just installed build it, and a rebuild finds them again.
-    subprocess.check_call([*install, "--no-build-isolation", "-e", ".[report,dev]"])
+    # The Makefile builds the native module afterwards, with these tools, where its words are seen.
+    without_native = {**os.environ, "SPARSEMTL_NATIVE": "0"}
+    command = [*install, "--no-build-isolation", "-e", ".[report,dev]"]
+    subprocess.check_call(command, env=without_native)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def _known(name: str, who: str) -> str:
 
 
 def through_torch(*tensors: Tensor) -> bool:
-    """Whether a call must pass torch's dispatcher: compile, export, FLOP counting, functorch.
+    """Whether a call must pass torch's dispatcher: compile, export, FLOP counting, subclasses.
 
     Everywhere else the backend is called directly, which saves some ten microseconds a call.
     """
@@ -173,6 +173,28 @@ def through_torch(*tensors: Tensor) -> bool:
         return True
     if torch._C._len_torch_dispatch_stack() > 0:  # FakeTensorMode, FlopCounterMode
         return True
-    if torch._C._are_functorch_transforms_active():
-        return True
     return any(type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors)
+
+
+def in_functorch() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp) traces this call."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a gradient stands for many, as under `is_grads_batched`; it has no address."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
+
+
+def require_reference(op: Op) -> None:
+    """Allow what only plain torch can do, such as a torch.func transform.
+
+    raises: BackendUnavailable if another backend was asked for by name
+    """
+    name = requested_backend()
+    if name not in (None, "reference"):
+        raise BackendUnavailable(
+            f"{op.name} cannot run on {name!r}: a torch.func transform is active. "
+            "Usable here: reference. Leave the backend open inside torch.func"
+        )

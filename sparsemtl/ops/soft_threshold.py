@@ -19,7 +19,14 @@ from torch.autograd.function import once_differentiable
 
 from sparsemtl.ops import soft_threshold_backends as backends
 from sparsemtl.ops.availability import why_not_cuda, why_not_native, why_not_triton
-from sparsemtl.ops.dispatch import Backend, Op, through_torch
+from sparsemtl.ops.dispatch import (
+    Backend,
+    Op,
+    in_functorch,
+    is_batched,
+    require_reference,
+    through_torch,
+)
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -46,10 +53,9 @@ def soft_threshold(weight: Tensor, alpha: Tensor) -> Tensor:
     returns: like weight
     raises:  TypeError, ValueError for other arguments; BackendUnavailable
     """
-    if through_torch(weight, alpha):
-        _check("soft_threshold", [weight], alpha)
-        return torch.ops.sparsemtl.soft_threshold(weight, alpha)
     _check("soft_threshold", [weight], alpha)
+    if through_torch(weight, alpha):
+        return torch.ops.sparsemtl.soft_threshold(weight, alpha)
     return _eager([weight], alpha)[0]
 
 
@@ -134,6 +140,9 @@ def _check_value(who: str, alpha: Tensor) -> None:
 
 def _eager(weights: list[Tensor], alpha: Tensor) -> tuple[Tensor, ...]:
     """Call the backend without torch's dispatcher, through autograd only where it is needed."""
+    if in_functorch():
+        require_reference(SOFT_THRESHOLD)
+        return _reference(weights, alpha)
     _check_value("soft_threshold", alpha)
     if torch.is_grad_enabled() and (alpha.requires_grad or any(w.requires_grad for w in weights)):
         return _SoftThreshold.apply(alpha, *weights)
@@ -155,9 +164,10 @@ class _SoftThreshold(torch.autograd.Function):
         used = [i for i, grad in enumerate(grads) if grad is not None]  # others add nothing
         if not used:
             return (None,) * (1 + len(weights))
-        found, grad_alpha = ctx.backend.backward(
-            [weights[i] for i in used], alpha, [grads[i] for i in used]
-        )
+        given = [grad for grad in grads if grad is not None]
+        batched = any(map(is_batched, given))
+        backward = backends.reference_backward if batched else ctx.backend.backward
+        found, grad_alpha = backward([weights[i] for i in used], alpha, given)
         grad_weights: list[Tensor | None] = [None] * len(weights)
         for i, grad_weight in zip(used, found, strict=True):
             grad_weights[i] = grad_weight if ctx.needs_input_grad[1 + i] else None
@@ -200,9 +210,7 @@ def _(weights: list[Tensor], alpha: Tensor) -> list[Tensor]:
 
 
 @_component_backward.register_fake
-def _(
-    weights: list[Tensor], alpha: Tensor, grads: list[Tensor]
-) -> tuple[list[Tensor], Tensor]:
+def _(weights: list[Tensor], alpha: Tensor, grads: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     return [torch.empty_like(weight) for weight in weights], torch.empty_like(alpha)
 
 

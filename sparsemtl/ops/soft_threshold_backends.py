@@ -35,7 +35,7 @@ def reference_backward(weights: Tensors, alpha: Tensor, grads: Tensors) -> Gradi
         w = to_arithmetic(weight)
         masked = torch.where(w.abs() <= alpha.reshape(()).to(w.dtype), 0.0, to_arithmetic(grad))
         total = total - (masked * w.sign()).sum(dtype=torch.float64)
-        grad_weights.append(laid_out_like(masked.to(weight.dtype), torch.empty_like(weight)))
+        grad_weights.append(masked.to(weight.dtype))
     return tuple(grad_weights), total.to(alpha.dtype).reshape(alpha.shape)
 
 
