@@ -101,7 +101,8 @@ def build_tasks(config: RunConfig, dataset: Any) -> dict[str, Task]:
     tasks = {}
     for name in config.tasks:
         spec = dataset.spec.targets[name]
-        tasks[name] = make_task(name, spec.kind, spec.channels)
+        options = {"normals_space": spec.normals_space} if spec.kind == "normals" else {}
+        tasks[name] = make_task(name, spec.kind, spec.channels, **options)
     return tasks
 
 

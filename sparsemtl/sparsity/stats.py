@@ -97,7 +97,7 @@ def sparsity_report(model: nn.Module, components: Mapping[str, Component]) -> Sp
         rows = list(sparsity.effective_weights())
     else:
         rows = [
-            (name, layer, module.weight.detach())
+            (name, layer, module.weight.detach())  # type: ignore[operator]  # a Parameter
             for name, component in components.items()
             for layer, module in unique_layers(component)
         ]
