@@ -1,4 +1,4 @@
-"""Build of sparsemtl._C: optional, one object per instruction set, CUDA objects where nvcc is found.
+"""Build of sparsemtl._C: optional, one object per instruction set, CUDA where nvcc is found.
 
 Everything declarative stands in pyproject.toml. Switches, all environment variables:
 SPARSEMTL_NATIVE=0   no native module at all
@@ -83,8 +83,10 @@ class BuildNative(build_ext):
             # Without this, setuptools would pack or copy the module of an earlier build.
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
             reason = str(error).strip().splitlines()[-1]
-            say(f"WARNING: sparsemtl._C was not built ({reason}); the package works without it, "
-                "on the slower reference backend. Install a C++17 compiler and reinstall for speed")
+            say(
+                f"WARNING: sparsemtl._C was not built ({reason}); the package works without it, "
+                "on the slower reference backend. Install a C++17 compiler and reinstall for speed"
+            )
 
     def build_native(self, ext: Extension) -> None:
         # Objects of another choice of switches must not be packed again.

@@ -172,6 +172,7 @@ def main() -> int:
                 f"{copy:.2f}x a copy of the same bytes (must {MUST_COPY:g}): "
                 f"{'met' if met else 'MISSED'}"
             )
+    RESULTS.mkdir(exist_ok=True)
     with open(args.out, "w") as file:
         json.dump(found, file, indent=1)
     return 0 if met else 1

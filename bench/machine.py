@@ -45,7 +45,9 @@ def revision() -> str:
     """Git revision of the working tree, with a plus where files differ from it."""
     git = ["git", "-C", str(RESULTS.parent.parent)]
     try:
-        found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        found = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        )
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True)
     except OSError:
         return "unknown"

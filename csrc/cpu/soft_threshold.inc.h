@@ -1,6 +1,6 @@
 // Body of soft_threshold, included after vec.h inside the anonymous namespace of kernels_<isa>.cpp.
 
-constexpr int kBlock = 4 * kLanes;   // four independent vectors hide the latency of the sums
+constexpr int kBlock = 4 * kLanes;       // four independent vectors hide the latency of the sums
 constexpr int64_t kGroup = 32 * kBlock;  // fp32 lanes hold 32 terms each before they go to fp64
 
 inline Vec shrink(Vec w, Vec alpha, Mask alive) {
@@ -8,7 +8,8 @@ inline Vec shrink(Vec w, Vec alpha, Mask alive) {
 }
 
 inline void write_bits(uint8_t* mask, uint32_t alive) {
-  for (int byte = 0; byte < kLanes / 8; ++byte) mask[byte] = static_cast<uint8_t>(alive >> 8 * byte);
+  for (int byte = 0; byte < kLanes / 8; ++byte)
+    mask[byte] = static_cast<uint8_t>(alive >> 8 * byte);
 }
 
 template <typename T, bool kStream>

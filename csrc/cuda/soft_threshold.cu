@@ -1,11 +1,10 @@
 // Soft threshold on CUDA: all tensors of a component in as few launches as their table allows.
-#include "cuda/soft_threshold.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "check.h"
 #include "cuda/launch.h"
+#include "cuda/soft_threshold.h"
 
 namespace sparsemtl::cuda {
 namespace {

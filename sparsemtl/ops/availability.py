@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 try:
-    from sparsemtl import _C as _module
+    import sparsemtl._C as _module
 except ImportError as error:
     _module = None
     _no_module = f"sparsemtl._C is not built ({error}); reinstall with a C++17 compiler"

@@ -1,4 +1,4 @@
-"""Comparison of a backend with the float64 reference, shared by the tests and benches of all ops."""
+"""Comparison of a backend with the float64 reference, shared by the tests of all ops."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def test_only_the_gradients_asked_for_come_back(backend, device):
     weights[0].requires_grad_()
     weights[1].requires_grad_()
     with use_backend(backend):
-        first, unused, fixed = soft_threshold_component(weights, alpha)
+        first, _, fixed = soft_threshold_component(weights, alpha)
     (first.sum() + fixed.sum()).backward()
     assert torch.equal(weights[0].grad, (weights[0].abs() > alpha).float())
     assert weights[1].grad is None
