@@ -18,7 +18,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CCompilerError
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {  # a file's name ends in its instruction set; no other file may use one
@@ -69,18 +69,25 @@ def find_nvcc() -> str | None:
 class BuildNative(build_ext):
     """Compile with per-file flags; a failure leaves the package without _C and says so once."""
 
+    built = False
+
     def run(self) -> None:
+        in_source = self.inplace or self.editable_mode  # setuptools clears the first meanwhile
         if switch("SPARSEMTL_NATIVE") is False:
             say("SPARSEMTL_NATIVE=0, so without the native module; the reference backend is used")
-            self.extensions = []
-            return
-        super().run()
+        else:
+            super().run()
+        if in_source and not self.built:
+            # A module of older sources would otherwise stay in their place.
+            stale = Path("sparsemtl", os.path.basename(self.get_ext_filename("sparsemtl._C")))
+            stale.unlink(missing_ok=True)
 
     def build_extension(self, ext: Extension) -> None:
         try:
             self.build_native(ext)
-        except (BaseError, OSError, subprocess.CalledProcessError) as error:
-            # Without this, setuptools would pack or copy the module of an earlier build.
+            self.built = True
+        except (BaseError, CCompilerError, OSError) as error:
+            # Without this, setuptools would pack the module of an earlier build.
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
             reason = str(error).strip().splitlines()[-1]
             say(
@@ -114,12 +121,13 @@ class BuildNative(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / "probe.cpp"
         probe.write_text("int main() { return 0; }\n")
-        command = [*self.compiler.compiler_so, flag, "-x", "c++", "-c", str(probe)]
+        compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
+        command = [*compiler, flag, "-c", str(probe)]
         done = subprocess.run([*command, "-o", str(folder / "probe.o")], capture_output=True)
         return done.returncode == 0
 
     def wrap_compiler(self) -> None:
-        """Append a file's own instruction-set flags; compile the files side by side."""
+        """Append a file's own instruction-set flags."""
         compile_one = self.compiler._compile
 
         def compile_with_isa(obj, src, ext, cc_args, extra_postargs, pp_opts):
@@ -152,13 +160,23 @@ class BuildNative(build_ext):
 
 
 def extensions() -> list[Extension]:
-    import pybind11
-
+    try:
+        import pybind11
+        from pybind11.setup_helpers import ParallelCompile
+    except ImportError:  # only without build isolation, which would have brought it
+        say("WARNING: pybind11 is not installed, so without the native module")
+        return []
+    ParallelCompile("SPARSEMTL_BUILD_JOBS").install()  # files side by side
     headers = sorted(glob.glob("csrc/**/*.h", recursive=True))
     include = ["csrc", pybind11.get_include()]
     return [
         Extension(
-            "sparsemtl._C", cpu_sources(), include_dirs=include, depends=headers, language="c++"
+            "sparsemtl._C",
+            cpu_sources(),
+            include_dirs=include,
+            depends=headers,
+            language="c++",
+            optional=True,  # setuptools then copies nothing where nothing was built
         )
     ]
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-NATIVE_FROM = os.environ.get("SPARSEMTL_TEST_NATIVE")  # a folder with another build of _C
-
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Load the sanitized build in place of the installed one, if `make sanitize` names it."""
-    if NATIVE_FROM:
-        import sparsemtl
-
-        sparsemtl.__path__.insert(0, os.path.join(os.path.abspath(NATIVE_FROM), "sparsemtl"))
-        assert "sparsemtl._C" not in sys.modules
+    """Load another build of the native module, before anything imports the installed one."""
+    folder = os.environ.get("SPARSEMTL_TEST_NATIVE")  # set by `make sanitize`
+    if folder:
+        assert "sparsemtl" not in sys.modules
+        (path,) = Path(folder, "sparsemtl").glob("_C.*.so")
+        spec = importlib.util.spec_from_file_location("sparsemtl._C", path)
+        module = sys.modules["sparsemtl._C"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
 
 
 @pytest.fixture(scope="session")
