@@ -16,6 +16,7 @@ from sparsemtl.measure.environment import environment
 from sparsemtl.models.component import find_components
 from sparsemtl.sparsity.stats import sparsity_report
 from sparsemtl.tasks.delta import FORMS
+from sparsemtl.training import runtime
 from sparsemtl.training.checkpoint import write_json
 from sparsemtl.training.evaluate import evaluate
 
@@ -49,7 +50,8 @@ class Evaluate:
             raise ValueError(f"Expected --batch-size >= 1, got {self.batch_size}")
         folder = RunFolder(self.run_folder)
         config = folder.load_config()
-        model = load_model(folder)
+        device = runtime.start(config.train.runtime, config.train.seed)
+        model = load_model(folder).to(device)
         dataset = build_split(config, self.split)
         tasks = build_tasks(config, dataset)
         metrics = evaluate(model, tasks, dataset, batch_size=self.batch_size)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from sparsemtl.errors import CheckpointError
 
 FORMAT = 1
+UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError)
 _NAME = re.compile(r"step_(\d{8})\.pt")
 
 
@@ -70,7 +72,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"Expected a checkpoint at {path}, got no such file") from error
-    except Exception as error:  # torch.load raises many types on damaged files
+    except (*UNREADABLE, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} is not a readable checkpoint: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__

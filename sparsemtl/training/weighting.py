@@ -92,7 +92,7 @@ class Adaptive(Fixed):
         values = self.history[task]
         mean = math.fsum(values) / len(values)
         deviation = math.fsum(abs(v - mean) for v in values) / len(values)
-        return deviation / abs(loss) if loss != 0.0 else 0.0
+        return _relative(deviation, loss)
 
     def _factors(self, fluctuation: Mapping[str, float]) -> dict[str, float]:
         mean = math.fsum(fluctuation.values()) / len(fluctuation)
@@ -119,7 +119,7 @@ class AdaptiveReleased(Adaptive):
 
     def _fluctuation(self, task: str, loss: float) -> float:
         values = list(self.history[task])
-        steps = [abs(a - b) / abs(b) for a, b in itertools.pairwise(values) if b != 0.0]
+        steps = [_relative(a - b, b) for a, b in itertools.pairwise(values)]
         return math.fsum(steps) / len(steps) if steps else 0.0
 
     def _factors(self, fluctuation: Mapping[str, float]) -> dict[str, float]:
@@ -127,6 +127,11 @@ class AdaptiveReleased(Adaptive):
         if total == 0.0:
             return dict.fromkeys(self.tasks, 1.0)
         return {t: f * len(self.tasks) / total for t, f in fluctuation.items()}
+
+
+def _relative(change: float, loss: float) -> float:
+    """|change| / |loss|, 0 for a loss of 0, and bounded: a loss near 0 is no infinite change."""
+    return min(abs(change) / abs(loss), 1e6) if loss != 0.0 else 0.0
 
 
 WEIGHTINGS: dict[str, type[Fixed]] = {

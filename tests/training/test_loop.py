@@ -177,7 +177,9 @@ def test_a_users_network_trains_with_a_component_map(data):
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.trunk = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1))
+            self.trunk = nn.Sequential(
+                nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1)
+            )
             self.depth = nn.Conv2d(8, 1, 1)
 
         def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
