@@ -63,6 +63,7 @@ def constraints_for(python, folder, keep_torch):
         for name in ("torch", "triton", "numpy")
         if subprocess.run([python, "-c", query, name]).returncode == 0
     ]
+    kept.append("setuptools")  # some releases of torch bound it from above
     path = os.path.join(folder, "constraints.txt")
     with open("constraints.txt") as source, open(path, "w") as target:
         pins = (line for line in source if re.split(r"[=;\s]", line)[0] not in kept)

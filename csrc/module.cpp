@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cpu/soft_threshold.h"
 #ifdef SPARSEMTL_CUDA
 #include "cuda/soft_threshold.h"
@@ -68,6 +69,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(cpu::isa().name); });
   m.def("usable_isas", &cpu::usable_isas);
   m.def("force_isa", &cpu::force_isa, py::arg("name"));
+  py::class_<cpu::Block>(m, "Block", py::buffer_protocol())
+      .def(py::init<int64_t>(), py::arg("bytes"))
+      .def_buffer([](cpu::Block& block) {
+        return py::buffer_info(static_cast<uint8_t*>(block.data()), block.size());
+      });
+  m.attr("LARGE_BYTES") = cpu::kLargeBytes;
+  m.attr("KEPT_BYTES") = cpu::kKeptBytes;
+  m.def("waiting_bytes", &cpu::waiting_bytes);
+  m.def("mapped_blocks", &cpu::mapped_blocks);
+  m.def("release_memory", &cpu::release_memory);
   m.attr("SOFT_THRESHOLD_CHUNK") = cpu::kSoftThresholdChunk;
   m.def("soft_threshold_forward", &soft_threshold_forward, py::arg("dtype"), py::arg("weights"),
         py::arg("sizes"), py::arg("outs"), py::arg("alpha"), py::arg("masks"), py::arg("counts"),

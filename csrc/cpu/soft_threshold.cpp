@@ -2,7 +2,6 @@
 
 #include "check.h"
 #include "cpu/isa.h"
-#include "cpu/memory.h"
 #include "cpu/parallel.h"
 
 namespace sparsemtl::cpu {
@@ -32,12 +31,6 @@ void check(const char* who, const char* argument, const Tensors& weights,
   }
 }
 
-void hint_outputs(const Tensors& weights, const std::vector<uintptr_t>& outs) {
-  for (size_t i = 0; i < outs.size(); ++i) {
-    hint_huge_pages(at(outs[i], 0), weights.sizes[i] * width(weights.dtype));
-  }
-}
-
 }  // namespace
 
 void soft_threshold_forward(const Tensors& weights, const std::vector<uintptr_t>& outs, float alpha,
@@ -47,7 +40,6 @@ void soft_threshold_forward(const Tensors& weights, const std::vector<uintptr_t>
   check(who, "weights", weights, weights.data);
   check(who, "outs", weights, outs);
   if (!masks.empty()) check(who, "masks", weights, masks);
-  hint_outputs(weights, outs);
 
   const auto body = isa().soft_threshold[static_cast<int>(weights.dtype)].forward;
   const int64_t bytes = width(weights.dtype);
@@ -77,7 +69,6 @@ double soft_threshold_backward(const Tensors& weights, const std::vector<uintptr
   check(who, "grad_weights", weights, grad_weights);
   const auto chunks = chunk_table(weights.sizes, kSoftThresholdChunk);
   check_count(who, "sums", chunks.size(), static_cast<size_t>(sums.size));
-  hint_outputs(weights, grad_weights);
 
   const auto body = isa().soft_threshold[static_cast<int>(weights.dtype)].backward;
   const int64_t bytes = width(weights.dtype);

@@ -1,7 +1,8 @@
 """How each backend computes soft_threshold; the op itself stands in soft_threshold.py.
 
-Every function takes the tensors of a whole component. Outputs come from `torch.empty*`, so that a
-test that poisons fresh memory sees what a kernel leaves unwritten.
+Every function takes the tensors of a whole component. Outputs come from `torch.empty*`, or from
+memory.py which fills as torch does, so that a test that poisons fresh memory sees what a kernel
+leaves unwritten.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from sparsemtl.ops.availability import DTYPES, native_module
 from sparsemtl.ops.layout import dense, laid_out_like
+from sparsemtl.ops.memory import empty_like
 
 Tensors = Sequence[Tensor]
 Gradients = tuple[tuple[Tensor, ...], Tensor]  # of each weight; of alpha
@@ -81,7 +83,7 @@ def _native_forward(
     weights: Tensors, alpha: Tensor, counts: Tensor | None, masks: Tensors
 ) -> tuple[Tensor, ...]:
     weights = [dense(weight) for weight in weights]  # named: an address borrows, it does not own
-    values = tuple([torch.empty_like(weight) for weight in weights])
+    values = tuple([empty_like(weight) for weight in weights])
     native_module().soft_threshold_forward(
         DTYPES[weights[0].dtype],
         _addresses(weights),
@@ -98,7 +100,7 @@ def _native_forward(
 def native_backward(weights: Tensors, alpha: Tensor, grads: Tensors) -> Gradients:
     weights = [dense(weight) for weight in weights]
     grads = [laid_out_like(grad, weight) for grad, weight in zip(grads, weights, strict=True)]
-    grad_weights = tuple([torch.empty_like(weight) for weight in weights])
+    grad_weights = tuple([empty_like(weight) for weight in weights])
     sizes = [weight.numel() for weight in weights]
     chunks = sum(-(-size // native_module().SOFT_THRESHOLD_CHUNK) for size in sizes)
     sums = torch.empty(chunks, dtype=torch.float64)
