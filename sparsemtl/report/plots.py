@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = ("#3b6fb6", "#d9822b", "#3a9a6b", "#b5446e", "#7a5fb0", "#7d7d7d")
-STYLE = {"fontsize": 10, "loc": "left"}
+STYLE: dict[str, Any] = {"fontsize": 10, "loc": "left"}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+LOWER_BITS = 15  # left out of the first count: 2^16 bins, each 0.4 % wide
+
 
 def kept_count(numel: int, sparsity: float) -> int:
     """How many of `numel` weights survive at `sparsity`, rounded to the nearest count.
@@ -60,15 +62,12 @@ def top_masks(scores: Sequence[Sequence[Tensor]], kept: int) -> tuple[list[list[
 def kth_smallest(values: Tensor, k: int) -> float:
     """The k-th smallest (from 1) of a flat, non-negative float32 tensor.
 
-    By bisection over the bit patterns, which order like the values when ≥ 0: 31 counting passes,
-    no sort and no copy, whatever the size.
+    The bit patterns of such floats order like their values: one pass counts them by their upper
+    bits, a second one selects within the one bin that holds the k-th.
     """
     bits = values.view(torch.int32)
-    low, high = -1, 0x7F800000  # count(bits ≤ low) < k ≤ count(bits ≤ high)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if int((bits <= middle).sum()) >= k:
-            high = middle
-        else:
-            low = middle
-    return torch.tensor(high, dtype=torch.int32).view(torch.float32).item()
+    upper = bits >> LOWER_BITS
+    seen = torch.cumsum(torch.bincount(upper), 0)
+    bin_ = int(torch.searchsorted(seen, k))
+    before = int(seen[bin_ - 1]) if bin_ > 0 else 0
+    return values[upper == bin_].kthvalue(k - before).values.item()

@@ -47,7 +47,7 @@ def test_a_finished_run_leaves_what_it_should(run):
     assert set(result["metrics"]) == {"segmentation", "normals", "depth"}
     assert set(result["constant_metrics"]) == set(result["baseline_metrics"])
     assert abs(result["sparsity"]["overall"] - 0.83) < 1e-3
-    assert list(result["sparsity"]["components"])[0] == "backbone"
+    assert next(iter(result["sparsity"]["components"])) == "backbone"
     assert set(result["delta"]["tasks"]) == set(result["metrics"]) or result["delta"]["reason"]
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 10
     for name in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -53,7 +54,7 @@ def test_the_released_variant_is_direct_and_sums_to_the_tasks():
     change = {}
     for task, values in SERIES.items():
         window = values[-4:]
-        steps = [abs(x - y) / y for x, y in zip(window[:-1], window[1:], strict=True)]
+        steps = [abs(x - y) / y for x, y in pairwise(window)]
         change[task] = sum(steps) / 3
     for task in TASKS:
         assert factors[task] == pytest.approx(3 * change[task] / sum(change.values()))
