@@ -15,7 +15,7 @@ from sparsemtl.training.evaluate import evaluate
 from sparsemtl.training.loop import train
 from sparsemtl.training.state import TrainConfig, TrainState
 
-STEPS = 60
+STEPS = 40
 
 
 class TinyNet(nn.Module):

@@ -61,7 +61,7 @@ def demo() -> RunConfig:
         model=ModelConfig("deeplab-resnet18", width=0.25, dropout=0.1),
         method=AdapMTLConfig(sparsity=0.9),
         train=TrainConfig(
-            steps=500,
+            steps=400,
             batch_size=8,
             seed=0,
             loss_weights={"segmentation": 1.0, "normals": 4.0, "depth": 1.0},

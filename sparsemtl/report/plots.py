@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+ACTIVE_ALPHA = 1e-7  # below it no threshold prunes anything yet
 COLOURS = ("#3b6fb6", "#d9822b", "#3a9a6b", "#b5446e", "#7a5fb0", "#7d7d7d")
 STYLE: dict[str, Any] = {"fontsize": 10, "loc": "left"}
 
@@ -128,7 +129,11 @@ def _sparsity(axis: Axes, rows: Sequence[Mapping[str, Any]], requested: float) -
 
 def _alphas(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     axis.set_title("threshold α per component, until the mask is fixed", **STYLE)
-    open_rows = [r for r in rows if "alpha" in r and not r.get("frozen")]
+    open_rows = [
+        r
+        for r in rows
+        if "alpha" in r and not r.get("frozen") and max(r["alpha"].values()) > ACTIVE_ALPHA
+    ]
     if not open_rows:
         axis.text(0.5, 0.5, "no thresholds", ha="center", va="center", transform=axis.transAxes)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import threading
@@ -83,9 +84,10 @@ class MetricsLog:
         self.path.write_text("".join(kept), encoding="utf-8")
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):  # what a full disk refused, `write` has reported
+                file.close()
 
 
 def pruning_row(state: TrainState) -> dict[str, Any]:

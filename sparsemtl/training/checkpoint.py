@@ -115,4 +115,6 @@ def _reason(error: Exception, path: Path) -> str:
         free = f" ({stats.f_bavail * stats.f_frsize / 2**20:.0f} MiB free there)"
     except OSError:
         free = ""
-    return f"{error}{free}"
+    # torch.save reports a short write as a RuntimeError about its own zip archive.
+    cause = str(error) if isinstance(error, OSError) else "the write was cut short"
+    return f"{cause}{free}"
