@@ -10,10 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sparsemtl.cli.runner import Display, DisplayFactory
-from sparsemtl.training.callbacks import pruning_row
 from sparsemtl.training.state import TrainState
 
-REFRESH = 0.5  # seconds between two looks at the weights
+REFRESH = 0.5  # seconds between two tables
 PLAIN = 10.0  # seconds between two plain lines
 
 
@@ -101,7 +100,7 @@ def _losses(state: TrainState) -> Table:
 
 
 def _components(state: TrainState) -> Table | str:
-    row = pruning_row(state)
+    row = state.pruning
     if "sparsity" not in row:
         return ""
     table = Table(box=None, padding=(0, 2))
@@ -115,7 +114,7 @@ def _components(state: TrainState) -> Table | str:
 
 
 def _dead(state: TrainState) -> str:
-    row = pruning_row(state)
+    row = state.pruning
     if "sparsity" not in row:
         return ""
     parts = [f"{n} {100 * v:.1f}" for n, v in row["sparsity"]["components"].items()]

@@ -20,7 +20,6 @@ from sparsemtl.sparsity.finalize import finalize
 from sparsemtl.sparsity.mask import check_sparsity
 from sparsemtl.sparsity.sparsify import GROUPINGS, Sparsity, sparsify
 from sparsemtl.sparsity.split import SPLITS, JointSplit, pruning_slopes
-from sparsemtl.sparsity.stats import MagnitudeHistogram
 
 SHORTEST = 100  # steps of a ramp below which thresholds travel less
 
@@ -84,12 +83,8 @@ class AdapMTL(Method):
     def on_step(self, state: StepState) -> None:
         theta, controller = self.sparsity.theta, self.controller
         if self.joint and controller.steering and theta.grad is not None:
-            if self._slopes is None or (state.step - controller.start) % controller.every == 0:
-                histograms = [
-                    MagnitudeHistogram.of(self.sparsity.weights(g))
-                    for g in range(len(self.sparsity.groups))
-                ]
-                self._slopes = pruning_slopes(histograms, theta)
+            if self._slopes is None or controller.solves_at(state.step):
+                self._slopes = pruning_slopes(controller.histograms(state.step), theta)
             self.split.step(theta, theta.grad, self._slopes, self.rate)
         theta.grad = None
         controller.on_step(state.step)

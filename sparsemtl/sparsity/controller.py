@@ -71,6 +71,7 @@ class Controller:
         self.end = max(1, min(steps, math.ceil(config.freeze_at * steps)))
         self.every = max(1, (self.end - self.start) // config.solves)
         self._common: float | None = None  # θ̄ as last solved
+        self._histograms: tuple[int, list[MagnitudeHistogram]] | None = None
 
     @property
     def steering(self) -> bool:
@@ -89,16 +90,27 @@ class Controller:
         if step >= self.end:
             freeze_exactly(self.sparsity, self.target, self.config.floor)
         elif step > self.start:
-            if (step - self.start) % self.every == 0 or self._common is None:
-                self._solve(cubic_ramp((step - self.start) / (self.end - self.start), self.target))
+            if self.solves_at(step) or self._common is None:
+                self._solve(
+                    step, cubic_ramp((step - self.start) / (self.end - self.start), self.target)
+                )
             else:
                 self._hold_common_level()
 
-    def _solve(self, sparsity: float) -> None:
-        histograms = [
-            MagnitudeHistogram.of(self.sparsity.weights(g))
-            for g in range(len(self.sparsity.groups))
-        ]
+    def solves_at(self, step: int) -> bool:
+        """Whether the common level is solved after this step."""
+        return (step - self.start) % self.every == 0
+
+    def histograms(self, step: int) -> list[MagnitudeHistogram]:
+        """Of each group's weights after this step, made once a step."""
+        if self._histograms is None or self._histograms[0] != step:
+            groups = range(len(self.sparsity.groups))
+            found = [MagnitudeHistogram.of(self.sparsity.weights(g)) for g in groups]
+            self._histograms = (step, found)
+        return self._histograms[1]
+
+    def _solve(self, step: int, sparsity: float) -> None:
+        histograms = self.histograms(step)
         theta = self.sparsity.theta.detach().double().cpu()
         most = 1.0 - self.config.floor * (1.0 - sparsity)
         solved = solve_common_shift(histograms, theta, sparsity, most)

@@ -25,7 +25,7 @@ class MagnitudeHistogram:
     numel: int
 
     @classmethod
-    def of(cls, weights: Sequence[Tensor], limit: int = 1 << 22) -> MagnitudeHistogram:
+    def of(cls, weights: Sequence[Tensor], limit: int = 1 << 20) -> MagnitudeHistogram:
         """Histogram of all the weights; above `limit` weights, of every n-th one, scaled up."""
         numel = sum(w.numel() for w in weights)
         stride = max(1, -(-numel // limit))

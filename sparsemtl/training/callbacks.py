@@ -54,7 +54,8 @@ class MetricsLog:
         if state.gradient_norm is not None:
             row["grad_norm"] = state.gradient_norm
         if state.step % self.count_every == 0 or state.finished:
-            row |= pruning_row(state)
+            state.pruning = pruning_row(state)
+            row |= state.pruning
         self.write(row)
 
     def write(self, row: dict[str, Any]) -> None:

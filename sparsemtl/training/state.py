@@ -74,6 +74,7 @@ class TrainState:
     losses: dict[str, float] = field(default_factory=dict)  # of the last step, per task
     factors: dict[str, float] = field(default_factory=dict)  # of the last step, per task
     total: float = 0.0  # the loss that was minimised
+    pruning: dict[str, Any] = field(default_factory=dict)  # sparsity and thresholds, last counted
     gradient_norm: float | None = None  # before clipping; None if not clipping
     last_checkpoint: Path | None = None
     stop_requested: bool = False
