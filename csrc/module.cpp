@@ -15,6 +15,10 @@
 namespace py = pybind11;
 using namespace sparsemtl;
 
+namespace sparsemtl::cpu {
+void bind_sparse_conv2d(py::module_& m);  // sparse_conv2d_module.cpp
+}
+
 namespace {
 
 using Addresses = std::vector<uintptr_t>;
@@ -92,4 +96,5 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("HAS_CUDA") = false;
 #endif
+  cpu::bind_sparse_conv2d(m);
 }

@@ -8,12 +8,14 @@
 #include <vector>
 
 #include "cpu/soft_threshold.h"
+#include "cpu/sparse_conv2d.h"
 
 namespace sparsemtl::cpu {
 
 struct Kernels {
   const char* name;
   SoftThresholdKernels soft_threshold[3];  // by DType
+  SparseConvKernels sparse_conv2d;
 };
 
 const Kernels& kernels_generic();

@@ -11,6 +11,7 @@ namespace {
 #include "cpu/vec.h"
 // after vec.h, which they use
 #include "cpu/soft_threshold.inc.h"
+#include "cpu/sparse_conv2d.inc.h"
 
 }  // namespace
 
@@ -20,6 +21,7 @@ const Kernels& kernels_avx2() {
       {{&soft_threshold_forward<float>, &soft_threshold_backward<float>},
        {&soft_threshold_forward<Bf16>, &soft_threshold_backward<Bf16>},
        {&soft_threshold_forward<Half>, &soft_threshold_backward<Half>}},
+      {kLanes, &sparse_conv2d_forward, &sparse_conv2d_weight_grad, &sparse_conv2d_fill_plane},
   };
   return kernels;
 }

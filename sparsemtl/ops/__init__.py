@@ -12,6 +12,7 @@ from sparsemtl.ops.dispatch import (
     all_ops,
     use_backend,
 )
+from sparsemtl.ops.pattern import Pattern, pack_pattern
 from sparsemtl.ops.soft_threshold import (
     SOFT_THRESHOLD,
     SOFT_THRESHOLD_STATS,
@@ -21,19 +22,33 @@ from sparsemtl.ops.soft_threshold import (
     soft_threshold_reference,
     soft_threshold_stats,
 )
+from sparsemtl.ops.sparse_conv2d import (
+    SPARSE_CONV2D,
+    sparse_conv2d,
+    sparse_conv2d_reference,
+)
+from sparsemtl.ops.sparse_linear import pack_linear, sparse_linear, sparse_linear_reference
 
 __all__ = [
     "SOFT_THRESHOLD",
     "SOFT_THRESHOLD_STATS",
+    "SPARSE_CONV2D",
     "Backend",
     "BackendUnavailable",
     "Op",
+    "Pattern",
     "Reasons",
     "ThresholdStats",
     "all_ops",
+    "pack_linear",
+    "pack_pattern",
     "soft_threshold",
     "soft_threshold_component",
     "soft_threshold_reference",
     "soft_threshold_stats",
+    "sparse_conv2d",
+    "sparse_conv2d_reference",
+    "sparse_linear",
+    "sparse_linear_reference",
     "use_backend",
 ]

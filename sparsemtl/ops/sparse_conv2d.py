@@ -1,0 +1,402 @@
+"""Convolution with a sparse weight, in which dead weights cost nothing, forward and backward.
+
+The gradient of the weight is computed on the pattern only and is zero elsewhere; the gradient of
+x uses live weights only. For finite inputs all three equal the dense convolution with the masked
+weight up to rounding. A NaN or an infinity of x reaches every output that a live weight connects
+it to, and no other: a dead weight does not turn it into NaN as dense 0 · inf would.
+
+B: batch. C, K: input, output channels. H, W and OH, OW: input and output size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sparsemtl.ops import sparse_conv2d_backends as backends
+from sparsemtl.ops.availability import why_not_native
+from sparsemtl.ops.dispatch import Backend, Op, through_torch
+from sparsemtl.ops.pattern import Pattern, pack_pattern
+from sparsemtl.ops.sparse_conv2d_plan import Geometry
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_Pair = int | Sequence[int]
+
+
+def sparse_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: _Pair = 1,
+    padding: _Pair = 0,
+    dilation: _Pair = 1,
+    groups: int = 1,
+    *,
+    pattern: Pattern | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """act(conv2d(x, weight · live) + bias + residual), differentiable in all four tensors.
+
+    x:          [B, C, H, W], float32, bfloat16, float16 or float64; any strides
+    weight:     [K, C / groups, kh, kw], of x's type; zeros are dead unless `pattern` says otherwise
+    bias:       [K], or None
+    stride, padding, dilation: an integer or a pair
+    pattern:    from `pack_pattern`; it follows `weight`. Default: one kept for this weight tensor
+    residual:   [B, K, OH, OW], added before the activation, or None
+    activation: None, "relu" or "relu6"
+    returns:    [B, K, OH, OW], contiguous, of x's type; arithmetic in float32 (float64 for float64)
+    raises:     TypeError, ValueError for other arguments; BackendUnavailable
+    """
+    g = _geometry(weight, stride, padding, dilation, groups)
+    _check(x, weight, bias, g, pattern, residual, activation)
+    tensors = [t for t in (x, weight, bias, residual) if t is not None]
+    if through_torch(*tensors):
+        structure = "element" if pattern is None else pattern.structure
+        keep = None if pattern is None else pattern.keep
+        return torch.ops.sparsemtl.sparse_conv2d(
+            x, weight, bias, residual, keep, g.stride, g.padding, g.dilation, groups, structure,
+            activation,
+        )  # fmt: skip
+    if pattern is None:
+        pattern = _pattern_of(weight, None, groups, "element")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _SparseConv2d.apply(x, weight, bias, residual, pattern, g, activation)
+    return _forward(x, weight, bias, residual, pattern, g, activation)
+
+
+def sparse_conv2d_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: _Pair = 1,
+    padding: _Pair = 0,
+    dilation: _Pair = 1,
+    groups: int = 1,
+    *,
+    pattern: Pattern | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """The meaning of sparse_conv2d: a dense convolution, differentiated by torch itself."""
+    if pattern is not None:
+        weight = torch.where(pattern.mask(), weight, 0.0)
+    else:
+        weight = torch.where(weight == 0, 0.0, weight)  # dead weights get no gradient
+    y = F.conv2d(x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups)
+    return _activate(y if residual is None else y + residual, activation)
+
+
+def sparse_conv2d_flops(pattern: Pattern, batch: int, out: tuple[int, int]) -> int:
+    """Two per multiply-add of a live weight, those on padding included, of one forward pass."""
+    return 2 * pattern.nonzeros * batch * out[0] * out[1]
+
+
+class _SparseConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        pattern: Pattern,
+        g: Geometry,
+        activation: str | None,
+    ) -> Tensor:
+        ctx.backend = SPARSE_CONV2D.choose(x, weight)  # a backward may run in another thread
+        y = _forward(x, weight, bias, residual, pattern, g, activation, ctx.backend)
+        ctx.pattern, ctx.geometry, ctx.activation = pattern, g, activation
+        ctx.save_for_backward(x, weight, y if activation is not None else None)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, y = ctx.saved_tensors
+        if y is not None:
+            grad = _activation_grad(grad, y, ctx.activation)
+        ctx.pattern.update(weight)
+        needs = ctx.needs_input_grad
+        grad_x, grad_weight = ctx.backend.backward(
+            grad, x, weight, ctx.pattern, ctx.geometry, needs[:2]
+        )
+        grad_bias = grad.sum((0, 2, 3)) if needs[2] else None
+        return grad_x, grad_weight, grad_bias, grad if needs[3] else None, None, None, None
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    pattern: Pattern,
+    g: Geometry,
+    activation: str | None,
+    backend: Backend | None = None,
+) -> Tensor:
+    backend = backend or SPARSE_CONV2D.choose(x, weight)
+    pattern.update(weight)
+    return backend.forward(x, weight, pattern, g, bias, residual, activation)
+
+
+def _activate(y: Tensor, activation: str | None) -> Tensor:
+    if activation is None:
+        return y
+    return F.relu(y) if activation == "relu" else F.relu6(y)
+
+
+def _activation_grad(grad: Tensor, y: Tensor, activation: str | None) -> Tensor:
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(grad, y, 0)
+    return torch.ops.aten.hardtanh_backward(grad, y, 0, 6)  # y is 0 or 6 where x is outside
+
+
+# Patterns of weights that came without one, and of masks. An entry dies with its tensor.
+_patterns: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _pattern_of(weight: Tensor, keep: Tensor | None, groups: int, structure: str) -> Pattern:
+    owner = weight if keep is None else keep
+    pattern: Pattern | None = _patterns.get(owner)
+    if (
+        pattern is None
+        or pattern.shape != tuple(weight.shape)
+        or (pattern.groups, pattern.structure) != (groups, structure)
+    ):
+        pattern = pack_pattern(weight, groups=groups, structure=structure, keep=keep)
+        _patterns[owner] = pattern
+    return pattern
+
+
+# torch.library: what torch.compile, torch.export and dispatch modes see.
+
+
+@torch.library.custom_op("sparsemtl::sparse_conv2d", mutates_args=())
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    keep: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    structure: str,
+    activation: str | None,
+) -> Tensor:
+    g = _geometry(weight, stride, padding, dilation, groups)
+    pattern = _pattern_of(weight, keep, groups, structure)
+    return _forward(x, weight, bias, residual, pattern, g, activation)
+
+
+@torch.library.custom_op("sparsemtl::sparse_conv2d_backward", mutates_args=())
+def _conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    keep: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    structure: str,
+) -> tuple[Tensor, Tensor]:
+    g = _geometry(weight, stride, padding, dilation, groups)
+    pattern = _pattern_of(weight, keep, groups, structure)
+    pattern.update(weight)
+    backend = SPARSE_CONV2D.choose(x, weight)
+    assert backend.backward is not None
+    return backend.backward(grad, x, weight, pattern, g, (True, True))
+
+
+@_conv.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    keep: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    structure: str,
+    activation: str | None,
+) -> Tensor:
+    g = _geometry(weight, stride, padding, dilation, groups)
+    return x.new_empty(x.shape[0], weight.shape[0], *g.output_size(x.shape[2], x.shape[3]))
+
+
+@_conv_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, _, keep, *ctx.rest, ctx.activation = inputs
+    ctx.save_for_backward(x, weight, keep, output if ctx.activation is not None else None)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, keep, y = ctx.saved_tensors
+    if y is not None:
+        grad = _activation_grad(grad, y, ctx.activation)
+    grad_x, grad_weight = torch.ops.sparsemtl.sparse_conv2d_backward(
+        grad, x, weight, keep, *ctx.rest
+    )
+    needs = ctx.needs_input_grad
+    grad_bias = grad.sum((0, 2, 3)) if needs[2] else None
+    return grad_x, grad_weight, grad_bias, grad if needs[3] else None, *[None] * 7
+
+
+_conv.register_autograd(_differentiate, setup_context=_save)
+
+
+def register_flops() -> None:
+    """Teach torch's FlopCounterMode this op; before the mode is made, for it copies its table.
+
+    Not done on import, because torch.utils.flop_counter brings in triton.
+    """
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    op = torch.ops.sparsemtl.sparse_conv2d
+    if op not in flop_registry:
+        register_flop_formula(op, get_raw=True)(_flops)
+
+
+def _flops(x: Tensor, weight: Tensor, *rest: Any, out_val: Tensor, **kwargs: Any) -> int:
+    live = weight.numel()  # of a fake weight every value may be alive
+    if not isinstance(weight, torch._subclasses.FakeTensor):
+        live = int((weight != 0).sum())
+    return 2 * live * out_val.shape[0] * out_val.shape[2] * out_val.shape[3]
+
+
+def _pair(value: _Pair) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    first, second = value
+    return first, second
+
+
+def _geometry(
+    weight: Tensor, stride: _Pair, padding: _Pair, dilation: _Pair, groups: int
+) -> Geometry:
+    pairs = {}
+    given = {"stride": (stride, 1), "padding": (padding, 0), "dilation": (dilation, 1)}
+    for name, (value, least) in given.items():
+        entries = [value] if isinstance(value, int) else value
+        good = not isinstance(entries, str) and isinstance(entries, Sequence)
+        if not good or len(entries) not in (1, 2) or not all(_is_int(e, least) for e in entries):
+            raise ValueError(
+                f"sparse_conv2d: Expected {name} to be an integer ≥ {least} or a pair of them, "
+                f"got {value!r}"
+            )
+        pairs[name] = (entries[0], entries[-1])
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"sparse_conv2d: Expected weight to be a Tensor, got {type(weight).__name__}"
+        )
+    if weight.dim() != 4:
+        raise ValueError(
+            "sparse_conv2d: Expected weight to have 4 axes [K, C / groups, kh, kw], "
+            f"got shape {list(weight.shape)}"
+        )
+    kernel = (weight.shape[2], weight.shape[3])
+    return Geometry(pairs["stride"], pairs["padding"], pairs["dilation"], kernel, groups)
+
+
+def _is_int(value: Any, least: int) -> bool:
+    if isinstance(value, torch.SymInt):
+        return True
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    g: Geometry,
+    pattern: Pattern | None,
+    residual: Tensor | None,
+    activation: str | None,
+) -> None:
+    who = "sparse_conv2d: Expected"
+    for name, tensor in {"x": x, "weight": weight, "bias": bias, "residual": residual}.items():
+        if tensor is None and name in ("bias", "residual"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{who} {name} to be a Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in _FLOATS or tensor.layout is not torch.strided:
+            raise TypeError(
+                f"{who} {name} to be strided float32, bfloat16, float16 or float64, "
+                f"got {tensor.layout} {tensor.dtype}"
+            )
+        if tensor.dtype is not x.dtype or tensor.device != x.device:
+            raise ValueError(
+                f"{who} {name} to be {x.dtype} on {x.device} like x, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+    rows, channels, kh, kw = weight.shape
+    if not _is_int(g.groups, 1) or rows % g.groups != 0:
+        raise ValueError(f"{who} groups to divide the {rows} output channels, got {g.groups!r}")
+    if kh < 1 or kw < 1:
+        raise ValueError(f"{who} weight to have a kernel, got shape {list(weight.shape)}")
+    if x.dim() != 4 or x.shape[1] != channels * g.groups:
+        raise ValueError(
+            f"{who} x to be [B, {channels * g.groups}, H, W] for weight {list(weight.shape)} and "
+            f"{g.groups} groups, got shape {list(x.shape)}"
+        )
+    out = g.output_size(x.shape[2], x.shape[3])
+    if out[0] < 1 or out[1] < 1:
+        raise ValueError(
+            f"{who} x to be at least as large as the dilated kernel, got {list(x.shape[2:])} with "
+            f"kernel {g.kernel}, dilation {g.dilation} and padding {g.padding}"
+        )
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise ValueError(f"{who} bias to have shape [{rows}], got {list(bias.shape)}")
+    expected = (x.shape[0], rows, *out)
+    if residual is not None and tuple(residual.shape) != expected:
+        raise ValueError(
+            f"{who} residual to have the output's shape {list(expected)}, "
+            f"got {list(residual.shape)}"
+        )
+    if activation not in backends.ACTIVATIONS:
+        raise ValueError(f"{who} activation to be None, 'relu' or 'relu6', got {activation!r}")
+    if pattern is not None:
+        _check_pattern(weight, pattern, g.groups)
+
+
+def _check_pattern(weight: Tensor, pattern: Any, groups: int) -> None:
+    who = "sparse_conv2d: Expected"
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"{who} pattern to be a Pattern, got {type(pattern).__name__}")
+    if pattern.shape != tuple(weight.shape) or pattern.groups != groups:
+        raise ValueError(
+            f"{who} pattern to be built for weight {list(weight.shape)} and groups={groups}, "
+            f"got one for weight {list(pattern.shape)} and groups={pattern.groups}"
+        )
+
+
+def _why_not_native(x: Tensor | None = None, weight: Tensor | None = None) -> str | None:
+    return why_not_native(weight) if weight is not None else why_not_native()
+
+
+def _never(*_: Any) -> None:
+    return None
+
+
+SPARSE_CONV2D = Op(
+    "sparse_conv2d",
+    (
+        Backend("native", backends.native, backends.native_backward, _why_not_native),
+        Backend("reference", backends.reference, backends.reference_backward, _never),
+    ),
+)
