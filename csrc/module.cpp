@@ -5,9 +5,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
+
+#include "check.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/soft_threshold.h"
+#include "cpu/threshold_adam.h"
 #ifdef SPARSEMTL_CUDA
 #include "cuda/soft_threshold.h"
 #endif
@@ -38,6 +42,20 @@ double soft_threshold_backward(int dtype, Addresses weights, Sizes sizes, const 
   const cpu::Tensors tensors{static_cast<DType>(dtype), std::move(weights), std::move(sizes)};
   return cpu::soft_threshold_backward(tensors, grads, grad_weights, static_cast<float>(alpha),
                                       {reinterpret_cast<double*>(sums), chunks}, threads);
+}
+
+void threshold_adam(Addresses weights, Sizes sizes, Addresses grads, Addresses means,
+                    Addresses squares, const std::vector<float>& rules, Sizes rule_of, int dtype,
+                    std::vector<float> alphas, Addresses values, Addresses masks, uintptr_t counts,
+                    int threads) {
+  std::vector<cpu::AdamRule> read(rules.size() / cpu::kAdamRuleFloats);
+  check_count("threshold_adam", "rules", read.size() * cpu::kAdamRuleFloats, rules.size());
+  if (!read.empty()) std::memcpy(read.data(), rules.data(), rules.size() * sizeof(float));
+  cpu::threshold_adam({std::move(weights), std::move(grads), std::move(means), std::move(squares),
+                       std::move(sizes), std::move(read), std::move(rule_of)},
+                      {static_cast<DType>(dtype), std::move(alphas), std::move(values),
+                       std::move(masks), reinterpret_cast<int64_t*>(counts)},
+                      threads);
 }
 
 #ifdef SPARSEMTL_CUDA
@@ -90,6 +108,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("soft_threshold_backward", &soft_threshold_backward, py::arg("dtype"), py::arg("weights"),
         py::arg("sizes"), py::arg("grads"), py::arg("grad_weights"), py::arg("alpha"),
         py::arg("sums"), py::arg("chunks"), py::arg("threads"), Unlocked());
+  m.def("threshold_adam", &threshold_adam, py::arg("weights"), py::arg("sizes"), py::arg("grads"),
+        py::arg("means"), py::arg("squares"), py::arg("rules"), py::arg("rule_of"),
+        py::arg("dtype"), py::arg("alphas"), py::arg("values"), py::arg("masks"), py::arg("counts"),
+        py::arg("threads"), Unlocked());
 #ifdef SPARSEMTL_CUDA
   bind_cuda(m);
   m.attr("HAS_CUDA") = true;

@@ -9,6 +9,7 @@
 
 #include "cpu/soft_threshold.h"
 #include "cpu/sparse_conv2d.h"
+#include "cpu/threshold_adam.h"
 
 namespace sparsemtl::cpu {
 
@@ -16,6 +17,7 @@ struct Kernels {
   const char* name;
   SoftThresholdKernels soft_threshold[3];  // by DType
   SparseConvKernels sparse_conv2d;
+  ThresholdAdamKernel threshold_adam[3];   // by DType of the values
 };
 
 const Kernels& kernels_generic();

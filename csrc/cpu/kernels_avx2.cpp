@@ -12,6 +12,8 @@ namespace {
 // after vec.h, which they use
 #include "cpu/soft_threshold.inc.h"
 #include "cpu/sparse_conv2d.inc.h"
+// after soft_threshold, whose shrink it uses
+#include "cpu/threshold_adam.inc.h"
 
 }  // namespace
 
@@ -22,6 +24,7 @@ const Kernels& kernels_avx2() {
        {&soft_threshold_forward<Bf16>, &soft_threshold_backward<Bf16>},
        {&soft_threshold_forward<Half>, &soft_threshold_backward<Half>}},
       {kLanes, &sparse_conv2d_forward, &sparse_conv2d_weight_grad, &sparse_conv2d_fill_plane},
+      {&threshold_adam<float>, &threshold_adam<Bf16>, &threshold_adam<Half>},
   };
   return kernels;
 }

@@ -63,6 +63,10 @@ inline void end_stream() { _mm_sfence(); }
 
 inline Vec absolute(Vec x) { return _mm512_abs_ps(x); }
 inline Vec subtract(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec multiply(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec divide(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+inline Vec square_root(Vec x) { return _mm512_sqrt_ps(x); }
 inline Vec with_sign_of(Vec magnitude, Vec sign) {
   return _mm512_or_ps(magnitude, _mm512_and_ps(sign, _mm512_set1_ps(-0.0f)));
 }
@@ -112,6 +116,10 @@ inline void end_stream() { _mm_sfence(); }
 
 inline Vec absolute(Vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 inline Vec subtract(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec multiply(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec divide(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+inline Vec square_root(Vec x) { return _mm256_sqrt_ps(x); }
 inline Vec with_sign_of(Vec magnitude, Vec sign) {
   return _mm256_or_ps(magnitude, _mm256_and_ps(sign, _mm256_set1_ps(-0.0f)));
 }
@@ -193,6 +201,22 @@ inline Vec absolute(Vec x) {
 inline Vec subtract(Vec a, Vec b) {
   SPARSEMTL_LANES a.lane[i] -= b.lane[i];
   return a;
+}
+inline Vec add(Vec a, Vec b) {
+  SPARSEMTL_LANES a.lane[i] += b.lane[i];
+  return a;
+}
+inline Vec multiply(Vec a, Vec b) {
+  SPARSEMTL_LANES a.lane[i] *= b.lane[i];
+  return a;
+}
+inline Vec divide(Vec a, Vec b) {
+  SPARSEMTL_LANES a.lane[i] /= b.lane[i];
+  return a;
+}
+inline Vec square_root(Vec x) {
+  SPARSEMTL_LANES x.lane[i] = __builtin_sqrtf(x.lane[i]);
+  return x;
 }
 inline Vec with_sign_of(Vec magnitude, Vec sign) {
   SPARSEMTL_LANES magnitude.lane[i] =

@@ -28,11 +28,20 @@ from sparsemtl.ops.sparse_conv2d import (
     sparse_conv2d_reference,
 )
 from sparsemtl.ops.sparse_linear import pack_linear, sparse_linear, sparse_linear_reference
+from sparsemtl.ops.threshold_adam import (
+    THRESHOLD_ADAM,
+    AdamRule,
+    ready_values,
+    threshold_adam,
+    threshold_adam_reference,
+)
 
 __all__ = [
     "SOFT_THRESHOLD",
     "SOFT_THRESHOLD_STATS",
     "SPARSE_CONV2D",
+    "THRESHOLD_ADAM",
+    "AdamRule",
     "Backend",
     "BackendUnavailable",
     "Op",
@@ -42,6 +51,7 @@ __all__ = [
     "all_ops",
     "pack_linear",
     "pack_pattern",
+    "ready_values",
     "soft_threshold",
     "soft_threshold_component",
     "soft_threshold_reference",
@@ -50,5 +60,7 @@ __all__ = [
     "sparse_conv2d_reference",
     "sparse_linear",
     "sparse_linear_reference",
+    "threshold_adam",
+    "threshold_adam_reference",
     "use_backend",
 ]

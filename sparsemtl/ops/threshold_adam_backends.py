@@ -1,0 +1,128 @@
+"""How each backend computes threshold_adam; the op itself stands in threshold_adam.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparsemtl.ops.availability import DTYPES, native_module, why_not_native
+from sparsemtl.ops.layout import is_dense, laid_out_like
+
+if TYPE_CHECKING:
+    from sparsemtl.ops.soft_threshold import ThresholdStats
+    from sparsemtl.ops.threshold_adam import AdamRule
+
+Tensors = Sequence[Tensor]
+
+
+def numbers(rule: AdamRule) -> list[float]:
+    """A rule as the kernels take it, in the order of AdamRule in csrc/cpu/threshold_adam.h.
+
+    The mean moves from its nearer end, as torch.lerp does, so that β₁ = 0 gives exactly g.
+    """
+    first, second = rule.betas
+    mean_correction, root_correction = rule.corrections
+    from_grad = first <= 0.5
+    return [
+        1.0 - rule.lr * rule.weight_decay if rule.decoupled else 1.0,
+        0.0 if rule.decoupled else rule.weight_decay,
+        float(from_grad),
+        -first if from_grad else 1.0 - first,
+        second,
+        1.0 - second,
+        rule.lr * root_correction / mean_correction,
+        rule.eps * root_correction,
+    ]
+
+
+def number_rules(rules: Sequence[AdamRule]) -> tuple[list[float], list[int]]:
+    """The numbers of the different rules, one after the other, and which one each tensor has."""
+    place: dict[AdamRule, int] = {}
+    which = [place.setdefault(rule, len(place)) for rule in rules]
+    return [number for rule in place for number in numbers(rule)], which
+
+
+def why_not_laid_out(weights: Tensors, *others: Tensors) -> str | None:
+    """What is written by address must lie in memory as the weight does, without gaps."""
+    for weight in weights:
+        if not is_dense(weight):
+            return f"a weight of shape {list(weight.shape)} has gaps or overlaps in memory"
+    for tensors in others:
+        for tensor, weight in zip(tensors, weights, strict=False):  # none, where none are known
+            if tensor.stride() != weight.stride():
+                return (
+                    f"moments or values of a weight of shape {list(weight.shape)} have strides "
+                    f"{tensor.stride()}, it takes the weight's, {weight.stride()}"
+                )
+    return None
+
+
+# Native: csrc/cpu/threshold_adam.cpp.
+
+
+def why_not_native_here(
+    weights: Tensors = (),
+    grads: Tensors = (),
+    means: Tensors = (),
+    squares: Tensors = (),
+    rules: Sequence[AdamRule] = (),
+    alpha: Tensor | None = None,
+    owners: Sequence[int] = (),
+    out: ThresholdStats | None = None,
+) -> str | None:
+    """Why the CPU kernel cannot run here, or cannot take these arguments; None if it can."""
+    reason = why_not_native(weights[0] if weights else None)
+    if reason is not None or not weights:
+        return reason
+    if weights[0].dtype is not torch.float32:
+        return f"weights are {weights[0].dtype}, it takes float32"
+    for tensor in (*weights, *grads, *means, *squares):
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return f"a tensor is a {type(tensor).__name__}, it takes plain ones"
+    changed = [t.data_ptr() for t in (*weights, *means, *squares) if t.numel() > 0]
+    if len(set(changed)) < len(changed):
+        return "two of the tensors to change share their memory"
+    values = () if out is None else out.values
+    for value in values:
+        if value.dtype not in DTYPES:
+            return f"values are {value.dtype}, it gives float32, bfloat16 and float16"
+    return why_not_laid_out(weights, means, squares, values)
+
+
+def native(
+    weights: Tensors,
+    grads: Tensors,
+    means: Tensors,
+    squares: Tensors,
+    rules: Sequence[AdamRule],
+    alpha: Tensor | None,
+    owners: Sequence[int],
+    out: ThresholdStats,
+) -> None:
+    grads = [laid_out_like(grad, weight) for grad, weight in zip(grads, weights, strict=True)]
+    values, masks, alphas = out.values, out.bitmasks or (), [0.0] * len(weights)
+    if alpha is not None:
+        thresholds = alpha.float().tolist()
+        alphas = [thresholds[owner] for owner in owners]
+    native_module().threshold_adam(
+        _addresses(weights),
+        [weight.numel() for weight in weights],
+        _addresses(grads),
+        _addresses(means),
+        _addresses(squares),
+        *number_rules(rules),
+        DTYPES[values[0].dtype] if values else 0,
+        alphas,
+        _addresses(values) if values else [0] * len(weights),
+        _addresses(masks),
+        out.nonzeros.data_ptr() if values else 0,
+        torch.get_num_threads(),
+    )
+    torch.autograd.graph.increment_version([*weights, *means, *squares, *values, *masks])
+
+
+def _addresses(tensors: Tensors) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
