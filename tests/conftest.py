@@ -7,8 +7,13 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+# The same examples each time, and no clock: a loaded machine is not a failing test.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
