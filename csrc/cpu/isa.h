@@ -17,7 +17,7 @@ struct Kernels {
   const char* name;
   SoftThresholdKernels soft_threshold[3];  // by DType
   SparseConvKernels sparse_conv2d;
-  ThresholdAdamKernel threshold_adam[3];   // by DType of the values
+  ThresholdAdamKernel threshold_adam[3];  // by DType of the values
 };
 
 const Kernels& kernels_generic();
