@@ -13,7 +13,6 @@
 #if defined(SPARSEMTL_ISA_AVX512)
 
 inline Vec zeros() { return _mm512_setzero_ps(); }
-inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec relu(Vec x) { return _mm512_max_ps(_mm512_setzero_ps(), x); }  // NaN is second: kept
 inline Vec at_most(float bound, Vec x) { return _mm512_min_ps(_mm512_set1_ps(bound), x); }
@@ -39,7 +38,6 @@ inline __m128 sum_each(Vec a, Vec b, Vec c, Vec d) {
 #elif defined(SPARSEMTL_ISA_AVX2)
 
 inline Vec zeros() { return _mm256_setzero_ps(); }
-inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec relu(Vec x) { return _mm256_max_ps(_mm256_setzero_ps(), x); }  // NaN is second: kept
 inline Vec at_most(float bound, Vec x) { return _mm256_min_ps(_mm256_set1_ps(bound), x); }
@@ -69,10 +67,6 @@ inline __m128 sum_each(Vec a, Vec b, Vec c, Vec d) {
 
 #define SPARSEMTL_LANES for (int i = 0; i < kLanes; ++i)
 inline Vec zeros() { return broadcast(0.0f); }
-inline Vec add(Vec a, Vec b) {
-  SPARSEMTL_LANES a.lane[i] += b.lane[i];
-  return a;
-}
 inline Vec multiply_add(Vec a, Vec b, Vec c) {
   SPARSEMTL_LANES c.lane[i] += a.lane[i] * b.lane[i];
   return c;
