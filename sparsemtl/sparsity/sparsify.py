@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from sparsemtl.models.component import Component, find_components, merge_components
 from sparsemtl.ops.soft_threshold import soft_threshold, soft_threshold_component
+from sparsemtl.ops.threshold_adam import ready_values
 from sparsemtl.sparsity.layers import DENSE_LAYERS, SPARSE_LAYERS, SparseLayer, unique_layers
+from sparsemtl.sparsity.ready import ReadyValues
 
 GROUPINGS = ("component", "one", "two", "layer")
 
@@ -51,6 +53,7 @@ class Sparsity(nn.Module):
         self.theta = nn.Parameter(torch.full((len(self.groups),), float(theta)))
         self.masks: list[list[Tensor]] | None = None  # per group, per layer, bool like the weight
         self._values: list[Sequence[Tensor]] | None = None  # S(W, α) of the forward under way
+        self.ready = ReadyValues()  # S(W, α) as an optimizer may have written it
 
     @property
     def alpha(self) -> Tensor:
@@ -84,13 +87,18 @@ class Sparsity(nn.Module):
         return int((weight.detach().abs() <= torch.sigmoid(self.theta[group])).sum())
 
     def compute_values(self) -> None:
-        """Threshold every group, one op call each, and keep S(W, α) until `drop_values`."""
+        """Threshold every group whose values are not ready, and keep all until `drop_values`."""
         if self.frozen:
             return
         alpha = torch.sigmoid(self.theta)
-        self._values = [
-            soft_threshold_component(self.weights(g), alpha[g]) for g in range(len(self.groups))
-        ]
+        self._values = [self._group_values(g, alpha[g]) for g in range(len(self.groups))]
+
+    def _group_values(self, group: int, alpha: Tensor) -> Sequence[Tensor]:
+        weights = self.weights(group)
+        ready = self.ready.find(group, weights, self.theta)
+        if ready is None or not all(map(_same_type, ready.values, weights)):
+            return soft_threshold_component(weights, alpha)
+        return ready_values(weights, alpha, ready.values)
 
     def drop_values(self) -> None:
         self._values = None
@@ -108,6 +116,7 @@ class Sparsity(nn.Module):
                     shrunk = torch.copysign(shrunk, weight)
                     weight.copy_(torch.where(mask, shrunk, shrunk.new_zeros(())))
         self.masks = masks
+        self.ready.clear()
         self.theta.requires_grad_(False)
         self.theta.grad = None
 
@@ -232,6 +241,14 @@ def desparsify(model: nn.Module) -> nn.Module:
             model._forward_hooks_always_called.pop(key, None)
     del model.sparsity
     return model
+
+
+def _same_type(value: Tensor, weight: Tensor) -> bool:
+    """Whether a layer would compute with the same bits: narrow values are for autocast alone."""
+    if value.dtype is weight.dtype:
+        return True
+    kind = value.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is value.dtype
 
 
 def _compute_values(model: nn.Module, _inputs: Any) -> None:
