@@ -93,6 +93,26 @@ def sparse_conv2d_reference(
     return _activate(y if residual is None else y + residual, activation)
 
 
+def sparse_conv2d_values(
+    x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, pattern: Pattern
+) -> Tensor:
+    """The forward pass alone, without autograd and argument checks: for callers that did both."""
+    return _forward(x, weight, bias, None, pattern, g, None)
+
+
+def sparse_conv2d_grads(
+    grad: Tensor, x: Tensor, weight: Tensor, g: Geometry, pattern: Pattern, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and of weight on the pattern, each only if needed; nothing is checked."""
+    backend = SPARSE_CONV2D.choose(x, weight)
+    assert backend.backward is not None
+    pattern.update(weight)
+    grads: tuple[Tensor | None, Tensor | None] = backend.backward(
+        grad, x, weight, pattern, g, needs
+    )
+    return grads
+
+
 def sparse_conv2d_flops(pattern: Pattern, batch: int, out: tuple[int, int]) -> int:
     """Two per multiply-add of a live weight, those on padding included, of one forward pass."""
     return 2 * pattern.nonzeros * batch * out[0] * out[1]

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsemtl.models.component import Component
+from sparsemtl.ops.dispatch import through_torch
+from sparsemtl.ops.sparse_conv2d import SPARSE_CONV2D
+from sparsemtl.ops.sparse_conv2d_plan import Geometry
 
 if TYPE_CHECKING:
     from sparsemtl.sparsity.sparsify import Slot
@@ -22,19 +25,46 @@ class SparseLayer(nn.Module):
     """What SparseConv2d and SparseLinear share: where the effective weight comes from."""
 
     weight: nn.Parameter
-    slot: Slot | None
+    slot: Slot | None = None
 
     def effective_weight(self) -> Tensor:
         """S(W, α), or the masked weight once frozen; like `weight` in shape and dtype."""
-        slot = self.__dict__.get("slot")
-        return self.weight if slot is None else slot.effective_weight(self.weight)
+        return self.weight if self.slot is None else self.slot.effective_weight(self.weight)
 
 
 class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[misc]  # weight: the same in both
     """nn.Conv2d whose weight is shrunk by its component's threshold. [B, C, H, W] → [B, K, h, w]"""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.effective_weight(), self.bias)
+        weight = self.effective_weight()
+        slot = self.slot
+        if slot is not None and self._sparse_fits(input) and slot.sparse_kernels:
+            return slot.convolve(input, weight, self.bias, self._geometry())
+        return self._conv_forward(input, weight, self.bias)
+
+    def _sparse_fits(self, input: Tensor) -> bool:
+        """Whether the sparse kernels take this layer and input at all."""
+        return (
+            not through_torch(input)
+            and isinstance(self.padding, tuple)
+            and self.padding_mode == "zeros"
+            and input.dim() == 4
+            and input.device.type == "cpu"
+            and input.dtype is self.weight.dtype is torch.float32
+            and not torch.is_autocast_enabled("cpu")
+            and SPARSE_CONV2D.choose(input, self.weight).name == "native"
+        )
+
+    def _geometry(self) -> Geometry:
+        stride, padding, dilation = self.stride, self.padding, self.dilation
+        assert isinstance(padding, tuple)
+        return Geometry(
+            (stride[0], stride[1]),
+            (padding[0], padding[1]),
+            (dilation[0], dilation[1]),
+            (self.kernel_size[0], self.kernel_size[1]),
+            self.groups,
+        )
 
 
 class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[misc]  # weight: the same in both

@@ -7,31 +7,61 @@ component (AdapMTL); the ablations share one θ over all, over the heads, or giv
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsemtl.models.component import Component, find_components, merge_components
+from sparsemtl.ops.pattern import Pattern, pack_pattern
 from sparsemtl.ops.soft_threshold import soft_threshold, soft_threshold_component
+from sparsemtl.ops.sparse_conv2d_plan import Geometry
 from sparsemtl.ops.threshold_adam import ready_values
+from sparsemtl.sparsity.choice import ChosenConv2d, choose, dense_forward
 from sparsemtl.sparsity.layers import DENSE_LAYERS, SPARSE_LAYERS, SparseLayer, unique_layers
 from sparsemtl.sparsity.ready import ReadyValues
 
+IDLE_THETA = -14.0  # α = 8e-7: below it next to nothing is dead, and nobody needs to count
 GROUPINGS = ("component", "one", "two", "layer")
 
 
 @dataclass
 class Slot:
-    """Where a layer finds its effective weight: group `group`, place `place` within the group."""
+    """A layer's place in its model's `Sparsity`: group `group`, place `place` within the group."""
 
     sparsity: Sparsity
     group: int
     place: int
+    pattern: Pattern | None = field(default=None, compare=False)  # of the last effective weight
 
     def effective_weight(self, weight: Tensor) -> Tensor:
         return self.sparsity.effective_weight(self.group, self.place, weight)
+
+    @property
+    def sparse_kernels(self) -> bool:
+        """Whether this layer may run sparse now: asked for, and some weight may be dead."""
+        return self.sparsity.sparse_kernels and (
+            self.sparsity.frozen or self.sparsity.theta.detach()[self.group].item() > IDLE_THETA
+        )
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
+        """The convolution with the effective weight, each pass dense or sparse as measured."""
+        masks = self.sparsity.masks
+        keep = None if masks is None else masks[self.group][self.place]
+        pattern = self.pattern
+        if pattern is None or pattern.groups != g.groups or pattern.keep is not keep:
+            pattern = self.pattern = pack_pattern(weight, groups=g.groups, keep=keep)
+        else:
+            pattern.update(weight)
+        picked = choose(x, weight, bias, g, pattern, fixed=keep is not None)
+        if not picked.any:
+            return dense_forward(x, weight, bias, g)
+        y: Tensor = ChosenConv2d.apply(x, weight, bias, g, pattern, picked)
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "pattern": None}  # packed anew from the weight
 
 
 class Sparsity(nn.Module):
@@ -43,6 +73,7 @@ class Sparsity(nn.Module):
     """
 
     theta: nn.Parameter
+    sparse_kernels = False  # layers compute with sparse kernels where measured faster
 
     def __init__(
         self, components: Mapping[str, Component], groups: Mapping[str, Component], theta: float

@@ -1,0 +1,138 @@
+"""Layers that choose between dense and sparse compute the same, remember, and stay repeatable."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+
+import pytest
+import torch
+
+from sparsemtl.sparsity import choice
+from sparsemtl.sparsity.choice import BUCKETS, DENSE, Choices, PassChoice, density_bucket
+from sparsemtl.sparsity.controller import freeze_exactly
+from sparsemtl.sparsity.sparsify import sparsify
+from tests.sparsity.conftest import make_model
+
+SPARSE = PassChoice(True, True, True)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEMTL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(choice, "CHOICES", Choices())
+
+
+def passes(model, image):
+    """Outputs and every gradient of one forward and backward pass."""
+    model.zero_grad()
+    outputs = model(image)
+    sum(v.square().mean() for v in outputs.values()).backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return outputs, grads
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    "picked", [SPARSE, PassChoice(forward=True), PassChoice(weight_grad=True)], ids=repr
+)
+def test_sparse_passes_compute_what_dense_ones_do(image, frozen, picked, monkeypatch):
+    model = sparsify(make_model(), theta_init=-3.7)
+    if frozen:
+        freeze_exactly(model.sparsity, 0.8)
+    expected, expected_grads = passes(model, image)
+    model.sparsity.sparse_kernels = True
+    seen = []
+    monkeypatch.setattr(choice, "measure", lambda *a: seen.append(1) or picked)
+    found, grads = passes(model, image)
+    assert seen
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    assert list(grads) == list(expected_grads)
+    for name, value in expected_grads.items():
+        scale = value.abs().max() + 1e-12
+        torch.testing.assert_close(grads[name] / scale, value / scale, rtol=2e-3, atol=2e-4)
+
+
+def test_a_real_measurement_runs_and_is_remembered(image, monkeypatch):
+    model = sparsify(make_model(), theta_init=-3.7)
+    freeze_exactly(model.sparsity, 0.95)
+    model.sparsity.sparse_kernels = True
+    first, _ = passes(model, image)
+    (machine,) = json.loads(choice.cache_file().read_text()).values()
+    assert machine
+    monkeypatch.setattr(choice, "CHOICES", Choices())  # another process
+    monkeypatch.setattr(choice, "measure", lambda *a: pytest.fail("measured again"))
+    again, _ = passes(copy.deepcopy(model), image)
+    assert torch.equal(first["depth"], again["depth"])
+
+
+def test_who_measured_first_decides(monkeypatch):
+    first, second = Choices(), Choices()
+    assert first.keep("a", SPARSE) == SPARSE
+    assert second.keep("a", DENSE) == SPARSE
+    assert second.find("a") == SPARSE
+
+
+def test_a_checkpoint_goes_before_the_machines_file():
+    run = Choices()
+    run.keep("a", SPARSE)
+    state = run.state_dict()
+    other = Choices()
+    other.load_state_dict({"a": [False, False, False]})
+    assert other.find("a") == DENSE
+    other.load_state_dict(state)
+    assert other.find("a") == SPARSE
+
+
+def test_without_a_writable_cache_layers_stay_dense(monkeypatch, caplog):
+    monkeypatch.setenv("SPARSEMTL_CACHE", "/proc/nowhere")
+    assert Choices().keep("a", SPARSE) == DENSE
+    assert "layers stay dense" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{broken", '{"m": {"k": "x"}}', '{"m": 3}'])
+def test_a_damaged_cache_is_measured_anew(content):
+    choice.cache_file().parent.mkdir(parents=True)
+    choice.cache_file().write_text(content)
+    assert Choices().find("k") is None or content == '{"m": {"k": "x"}}'
+    assert Choices().keep("k", SPARSE) == SPARSE
+
+
+def test_dense_layers_are_not_measured(image, monkeypatch):
+    model = sparsify(make_model(), theta_init=-9.0)
+    model.sparsity.sparse_kernels = True
+    monkeypatch.setattr(choice, "measure", lambda *a: pytest.fail("measured a dense layer"))
+    passes(model, image)
+    assert density_bucket(0.9) is None
+    assert density_bucket(0.5) == len(BUCKETS) - 1
+    assert density_bucket(0.0) == 0
+
+
+def test_the_mask_may_move_under_a_sparse_layer(image, monkeypatch):
+    model = sparsify(make_model(), theta_init=-3.7)
+    model.sparsity.sparse_kernels = True
+    monkeypatch.setattr(choice, "measure", lambda *a: SPARSE)
+    for _step in range(3):
+        with torch.no_grad():
+            model.sparsity.theta += 0.1
+            for parameter in model.backbone.parameters():
+                parameter.mul_(0.95)
+        found, _ = passes(model, image)
+        model.sparsity.sparse_kernels = False
+        expected, _ = passes(model, image)
+        model.sparsity.sparse_kernels = True
+        torch.testing.assert_close(found["depth"], expected["depth"], rtol=1e-4, atol=1e-5)
+    freeze_exactly(model.sparsity, 0.9)
+    passes(model, image)
+
+
+def test_models_with_patterns_copy_and_pickle(image, monkeypatch):
+    monkeypatch.setattr(choice, "measure", lambda *a: SPARSE)
+    model = sparsify(make_model(), theta_init=-3.7)
+    freeze_exactly(model.sparsity, 0.9)
+    model.sparsity.sparse_kernels = True
+    passes(model, image)
+    copy.deepcopy(model)
+    torch.save(model, io.BytesIO())
