@@ -11,15 +11,20 @@ import torch
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from sparsemtl.sparsity.sparsify import Sparsity
+from sparsemtl.training.optim_threshold_adam import ThresholdAdam
+
 SCHEDULES = ("step", "cosine", "constant")
-OPTIMIZERS = ("adam", "adamw")
+OPTIMIZERS = ("adam", "adamw", "threshold-adam")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """Adam with coupled L2 (part of AdapMTL and DiSparse) and its schedule."""
 
-    optimizer: str = "adam"  # "adam": coupled L2, on θ too; "adamw": decoupled (changes AdapMTL)
+    # "adam": coupled L2, on θ too; "adamw": decoupled (changes AdapMTL);
+    # "threshold-adam": adam that writes the next forward's S(W, α) in the same pass
+    optimizer: str = "adam"
     lr: float = 1e-3
     betas: tuple[float, float] = (0.5, 0.999)
     weight_decay: float = 1e-4
@@ -46,8 +51,18 @@ class OptimConfig:
             raise ValueError(f"OptimConfig: Expected lr_every >= 1 or None, got {self.lr_every}")
 
 
-def build_optimizer(config: OptimConfig, groups: list[dict[str, Any]]) -> Optimizer:
-    """The optimizer over a method's parameter groups."""
+def build_optimizer(
+    config: OptimConfig, groups: list[dict[str, Any]], sparsity: Sparsity | None = None
+) -> Optimizer:
+    """The optimizer over a method's parameter groups.   sparsity: the model's, if it has one"""
+    if config.optimizer == "threshold-adam":
+        return ThresholdAdam(
+            groups,
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            sparsity=sparsity,
+        )
     kind = Adam if config.optimizer == "adam" else AdamW
     return kind(
         groups,

@@ -103,7 +103,8 @@ class TrainState:
         device = next(model.parameters()).device
         found = find_components(model, components)
         method.prepare(model, config.steps)
-        optimizer = build_optimizer(config.optim, method.parameter_groups(model))
+        sparsity = getattr(model, "sparsity", None)
+        optimizer = build_optimizer(config.optim, method.parameter_groups(model), sparsity)
         weighting = config.weighting or WeightingConfig(method.default_weighting)
         return cls(
             config=config,

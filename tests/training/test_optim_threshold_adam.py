@@ -9,11 +9,21 @@ import pytest
 import torch
 from torch import nn
 
+from sparsemtl.data import ScenesConfig, build_dataset
+from sparsemtl.methods import AdapMTL, AdapMTLConfig, Dense, DenseConfig
 from sparsemtl.models.config import ModelConfig, build_model
 from sparsemtl.ops.soft_threshold import soft_threshold_stats
-from sparsemtl.sparsity.controller import freeze_exactly
+from sparsemtl.sparsity.controller import ControllerConfig, freeze_exactly
 from sparsemtl.sparsity.sparsify import sparsify
+from sparsemtl.tasks import make_task
+from sparsemtl.training import runtime
+from sparsemtl.training.callbacks import Checkpointer, every
+from sparsemtl.training.checkpoint import checkpoints, load_checkpoint
+from sparsemtl.training.loop import train as run_training
+from sparsemtl.training.optim import OptimConfig
 from sparsemtl.training.optim_threshold_adam import ThresholdAdam
+from sparsemtl.training.runtime import RuntimeConfig
+from sparsemtl.training.state import TrainConfig, TrainState
 
 HEADS = {"segmentation": 5, "depth": 1}
 
@@ -325,6 +335,67 @@ def test_no_parameter_and_no_gradient_is_nothing_to_do():
     assert optimizer.state_dict()["state"] == {}
     empty = torch.ones(0, 3, requires_grad=True)
     run(ThresholdAdam([empty]), [empty], [[torch.ones(0, 3)]])
+
+
+# In a run of the training loop.
+
+
+@pytest.fixture(scope="module")
+def data():
+    config = ScenesConfig(height=32, width=40, frames_train=6, frames_val=2, frames_test=3)
+    return build_dataset(config, "train", ("segmentation", "normals", "depth"))
+
+
+def make_state(data, optimizer="threshold-adam", **method):
+    config = TrainConfig(
+        steps=12,
+        batch_size=2,
+        optim=OptimConfig(optimizer=optimizer, lr=2e-4, weight_decay=1e-5),  # no chaos
+        runtime=RuntimeConfig(device="cpu"),
+    )
+    device = runtime.start(config.runtime, config.seed)
+    tasks = {n: make_task(n, s.kind, s.channels) for n, s in data.spec.targets.items()}
+    model = build_model(
+        ModelConfig("deeplab-resnet18", width=0.125, dropout=0.1),
+        {n: t.channels for n, t in tasks.items()},
+    ).to(device)
+    chosen = AdapMTL(AdapMTLConfig(sparsity=0.8, **method)) if method else Dense(DenseConfig())
+    return TrainState.create(model, tasks, data, chosen, config)
+
+
+METHODS = {
+    "exact": {"split": "joint"},  # the controller moves θ after the optimizer
+    "free": {
+        "split": "adam",
+        "theta_init": -6.0,
+        "controller": ControllerConfig(control="free"),
+    },
+    "dense": {},
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+def test_a_run_has_the_losses_of_one_under_adam(data, method):
+    rows = {}
+    for optimizer in ("adam", "threshold-adam"):
+        state, totals = make_state(data, optimizer, **method), []
+        run_training(state, [lambda s, kept=totals: kept.append(s.total)])
+        rows[optimizer] = totals
+    assert isinstance(state.optimizer, ThresholdAdam)
+    torch.testing.assert_close(rows["threshold-adam"], rows["adam"], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+def test_a_run_resumes_with_the_same_bits(data, method, tmp_path):
+    whole = make_state(data, **method)
+    run_training(whole, [every(1, Checkpointer(tmp_path, keep=100))])
+    expected = whole.method.finalize(whole.model).state_dict()
+    for path in (checkpoints(tmp_path)[i] for i in (2, 9)):
+        resumed = make_state(data, **method)
+        resumed.load_resume_state(load_checkpoint(path), path)
+        run_training(resumed, [])
+        found = resumed.method.finalize(resumed.model).state_dict()
+        assert [k for k in expected if not torch.equal(found[k], expected[k])] == []
 
 
 ONE = lambda: [torch.ones(3, requires_grad=True)]  # noqa: E731
