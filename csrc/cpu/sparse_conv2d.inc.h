@@ -79,7 +79,7 @@ inline __attribute__((always_inline)) void walk_row(Vec* sums, const float* valu
   }
 }
 
-constexpr int32_t kRowsAhead = 4;
+constexpr int32_t kRowsAhead = 10;
 
 template <int P, typename Inputs>
 void walk(const SparseList& list, int64_t block, Inputs in, float* strip, bool first,
@@ -106,9 +106,7 @@ void walk(const SparseList& list, int64_t block, Inputs in, float* strip, bool f
     values += n;
     in.advance(n);
     if (finish != nullptr) {
-      Vec done[P];  // whose address may be taken: sums then stay in registers
-      SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) done[p] = sums[p];
-      scatter<P>(*finish, rows[e], done);
+      scatter<P>(*finish, rows[e], sums);
     } else {
       SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) store(strip_row + p * kLanes, sums[p]);
     }
@@ -128,6 +126,12 @@ void walk_vectors(const SparseList& list, int64_t block, const float* panel, flo
   for (int32_t e = 0; e < list.parts[0].n_rows; ++e) {
     const int32_t n = counts[e];
     if (n == 0 && !first && finish == nullptr) break;
+    if (finish != nullptr && e + 1 < list.parts[0].n_rows) {
+      const int64_t next = rows[e + 1] * stride;
+      for (int64_t v = 0; v < stride && next + v < rows_of_part; ++v) {
+        prefetch_row<P>(*finish, next + v);
+      }
+    }
     for (int64_t half = 0; half < stride; half += V) {
       const int64_t row = rows[e] * stride + half;
       float* strip_row = strip + row * (P * kLanes);
@@ -151,9 +155,7 @@ void walk_vectors(const SparseList& list, int64_t block, const float* panel, flo
       }
       SPARSEMTL_UNROLL for (int v = 0; v < V; ++v) {
         if (finish != nullptr) {
-          Vec done[P];
-          SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) done[p] = sums[v][p];
-          if (row + v < rows_of_part) scatter<P>(*finish, row + v, done);
+          if (row + v < rows_of_part) scatter<P>(*finish, row + v, sums[v]);
         } else {
           SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) {
             store(strip_row + (v * P + p) * kLanes, sums[v][p]);
@@ -256,7 +258,7 @@ struct Tile {
       gather<P>(table, plane, panel);
     }
   }
-  static constexpr int32_t kAhead = 6;
+  static constexpr int32_t kAhead = 14;
 
   int64_t start_of_tap(const int32_t* t) const {
     return linear_start() + t[0] * plane_size() + t[1] * problem.width + t[2];

@@ -189,19 +189,11 @@ inline void prefetch_row(const Finish& f, int64_t row) {
 }
 
 template <int P>
-__attribute__((noinline)) void scatter(const Finish& f, int64_t row, const Vec* sums) {
+__attribute__((noinline)) void scatter_by_table(const Finish& f, int64_t row, const Vec* sums) {
   const CopyTable& table = *f.table;
   float* y = f.y + row * f.plane_size;
   const float* residual = f.residual == nullptr ? nullptr : f.residual + row * f.plane_size;
   const Vec bias = f.bias == nullptr ? zeros() : broadcast(f.bias[row]);
-  if (table.plain) {
-    SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) {
-      Vec v = add(sums[p], bias);
-      if (residual != nullptr) v = add(v, load(residual + table.start + p * kLanes));
-      store(y + table.start + p * kLanes, activate(v, f.activation));
-    }
-    return;
-  }
   float rest[P * kLanes];
   if (residual != nullptr) gather<P>(table, residual, rest);
   SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) {
@@ -216,5 +208,20 @@ __attribute__((noinline)) void scatter(const Finish& f, int64_t row, const Vec* 
   for (int32_t e = 0; e < table.n_extra; ++e) {
     const CopyTable::Extra& extra = table.extras[e];
     store_run(y + extra.offset, extra.mask, load(rest + extra.vector * kLanes));
+  }
+}
+
+template <int P>
+inline __attribute__((always_inline)) void scatter(const Finish& f, int64_t row, const Vec* sums) {
+  if (!f.table->plain || f.residual != nullptr) {
+    Vec copy[P];  // whose address may be taken: the sums themselves stay in registers
+    SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) copy[p] = sums[p];
+    scatter_by_table<P>(f, row, copy);
+    return;
+  }
+  float* y = f.y + row * f.plane_size + f.table->start;
+  const Vec bias = f.bias == nullptr ? zeros() : broadcast(f.bias[row]);
+  SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) {
+    store(y + p * kLanes, activate(add(sums[p], bias), f.activation));
   }
 }

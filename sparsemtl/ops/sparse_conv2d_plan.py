@@ -182,9 +182,7 @@ def _vectors(kind: str, mode: int, rows: int, per_column: float, vector: int, is
     if isa == "generic":
         return _VECTORS["generic"]
     if vector > 1:
-        if isa == "avx2":
-            return 2
-        return 6 if vector == 4 else 3
+        return 6 if vector == 4 and isa == "avx512" else 3
     if kind != "forward":
         return _VECTORS["grad" if per_column >= _FEW_PER_COLUMN else "direct"]
     if mode == DIRECT:
