@@ -49,6 +49,7 @@ class TargetDriver:
 def cases() -> Iterator[tuple[str, object, list[object], dict[str, object]]]:
     """Name, kernel, argument types or values, options: one for each way a kernel is launched."""
     from sparsemtl.kernels import soft_threshold as st
+    from sparsemtl.kernels import threshold_adam as ta
 
     from sparsemtl.ops.soft_threshold_backends import TRITON_BLOCK
 
@@ -63,6 +64,11 @@ def cases() -> Iterator[tuple[str, object, list[object], dict[str, object]]]:
         arguments = [*tables, torch.float32, torch.float32, 12]
         name = f"soft_threshold_bwd/{str(dtype)[6:]}"
         yield name, st.soft_threshold_bwd_kernel, arguments, options
+        arguments = [*tables, torch.float32, torch.int64, torch.float32, torch.int64, 12]
+        for kind, flags in (("adam", (0, 0)), ("threshold", (1, 0)), ("mask", (1, 1))):
+            chosen = {**options, "THRESHOLD": bool(flags[0]), "MASK": bool(flags[1])}
+            name = f"threshold_adam/{str(dtype)[6:]}/{kind}"
+            yield name, ta.threshold_adam_kernel, arguments, chosen
 
 
 def compile_one(kernel, arguments: list[object], options: dict[str, object]) -> bytes:

@@ -227,6 +227,7 @@ def _reference(*args: Any) -> None:
 THRESHOLD_ADAM = Op(
     "threshold_adam",
     (
+        Backend("triton", backends.triton, None, backends.why_not_triton_here),
         Backend("native", backends.native, None, backends.why_not_native_here),
         Backend("reference", _reference, None, lambda *_: None),
     ),

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sparsemtl.ops.availability import DTYPES, native_module, why_not_native
+from sparsemtl.ops.availability import (
+    DTYPES,
+    INTERPRETING,
+    native_module,
+    why_not_native,
+    why_not_triton,
+)
 from sparsemtl.ops.layout import is_dense, laid_out_like
+from sparsemtl.ops.soft_threshold_backends import TRITON_BLOCK
 
 if TYPE_CHECKING:
     from sparsemtl.ops.soft_threshold import ThresholdStats
@@ -60,10 +68,8 @@ def why_not_laid_out(weights: Tensors, *others: Tensors) -> str | None:
     return None
 
 
-# Native: csrc/cpu/threshold_adam.cpp.
-
-
-def why_not_native_here(
+def _why_not(
+    why_not_device: Callable[[Tensor | None], str | None],
     weights: Tensors = (),
     grads: Tensors = (),
     means: Tensors = (),
@@ -73,8 +79,8 @@ def why_not_native_here(
     owners: Sequence[int] = (),
     out: ThresholdStats | None = None,
 ) -> str | None:
-    """Why the CPU kernel cannot run here, or cannot take these arguments; None if it can."""
-    reason = why_not_native(weights[0] if weights else None)
+    """Why a kernel cannot run here, or cannot take these arguments; None if it can."""
+    reason = why_not_device(weights[0] if weights else None)
     if reason is not None or not weights:
         return reason
     if weights[0].dtype is not torch.float32:
@@ -90,6 +96,11 @@ def why_not_native_here(
         if value.dtype not in DTYPES:
             return f"values are {value.dtype}, it gives float32, bfloat16 and float16"
     return why_not_laid_out(weights, means, squares, values)
+
+
+# Native: csrc/cpu/threshold_adam.cpp.
+
+why_not_native_here = partial(_why_not, why_not_native)
 
 
 def native(
@@ -122,6 +133,47 @@ def native(
         torch.get_num_threads(),
     )
     torch.autograd.graph.increment_version([*weights, *means, *squares, *values, *masks])
+
+
+# Triton: kernels/threshold_adam.py. Imported at first use: triton takes long to load.
+
+
+def why_not_triton_here(*args: Any) -> str | None:
+    """As `_why_not`, for the Triton kernel; its interpreter cannot store bfloat16."""
+    reason = _why_not(why_not_triton, *args)
+    out: ThresholdStats | None = args[7] if len(args) > 7 else None
+    if reason is not None or out is None or not INTERPRETING:
+        return reason
+    narrow = any(value.dtype is torch.bfloat16 for value in out.values)
+    return "values are torch.bfloat16, which the interpreter truncates" if narrow else None
+
+
+def triton(
+    weights: Tensors,
+    grads: Tensors,
+    means: Tensors,
+    squares: Tensors,
+    rules: Sequence[AdamRule],
+    alpha: Tensor | None,
+    owners: Sequence[int],
+    out: ThresholdStats,
+) -> None:
+    from sparsemtl.kernels.soft_threshold import block_table
+    from sparsemtl.kernels.threshold_adam import threshold_adam
+
+    grads = [laid_out_like(grad, weight) for grad, weight in zip(grads, weights, strict=True)]
+    device, masks, live = weights[0].device, out.bitmasks or (), None
+    sizes = tuple(weight.numel() for weight in weights)
+    tables = block_table(sizes, TRITON_BLOCK, device)
+    if alpha is not None:
+        live = torch.empty(len(tables[0]), dtype=torch.int64, device=device)
+    threshold_adam(
+        *(tables, (weights, grads, means, squares), *number_rules(rules), alpha, owners),
+        *(out.values, masks, live, TRITON_BLOCK),
+    )
+    if live is not None:
+        out.nonzeros.zero_().index_add_(0, tables[0], live)  # integers: exact in any order
+    torch.autograd.graph.increment_version([*weights, *means, *squares, *out.values, *masks])
 
 
 def _addresses(tensors: Tensors) -> list[int]:
