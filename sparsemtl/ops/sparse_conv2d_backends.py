@@ -14,6 +14,7 @@ from sparsemtl.ops.sparse_conv2d_plan import (
     LINEAR,
     Geometry,
     Pass,
+    Taps,
     plan_pass,
     read_source,
     taps_of_forward,
@@ -35,7 +36,7 @@ def _rounded(per_column: float) -> float:
 
 def _plan(
     kind: str,
-    taps: list[tuple[int, int, int]],
+    taps: Taps,
     stride: tuple[int, int],
     source: Tensor,
     out: tuple[int, int, int],
@@ -44,7 +45,7 @@ def _plan(
 ) -> Pass:
     return plan_pass(
         kind,
-        tuple(taps),
+        taps,
         stride,
         tuple(source.shape),
         out,

@@ -77,7 +77,11 @@ class Pass:
     taps: Tensor  # [T, 3] int32: phase, dy, dx
 
 
-def taps_of_forward(g: Geometry) -> list[tuple[int, int, int]]:
+Taps = tuple[tuple[int, int, int], ...]  # phase, dy, dx
+
+
+@lru_cache(maxsize=1024)
+def taps_of_forward(g: Geometry) -> Taps:
     """Phase of x, dy and dx of each tap."""
     taps = []
     for i in range(g.kernel[0]):
@@ -85,10 +89,11 @@ def taps_of_forward(g: Geometry) -> list[tuple[int, int, int]]:
             y, x = i * g.dilation[0] - g.padding[0], j * g.dilation[1] - g.padding[1]
             phase = y % g.stride[0] * g.stride[1] + x % g.stride[1]
             taps.append((phase, y // g.stride[0], x // g.stride[1]))
-    return taps
+    return tuple(taps)
 
 
-def taps_of_input_grad(g: Geometry, phase: tuple[int, int]) -> list[tuple[int, int, int]]:
+@lru_cache(maxsize=1024)
+def taps_of_input_grad(g: Geometry, phase: tuple[int, int]) -> Taps:
     """The same into the output's gradient, for the pixels of x of one phase."""
     taps = []
     for i in range(g.kernel[0]):
@@ -99,13 +104,13 @@ def taps_of_input_grad(g: Geometry, phase: tuple[int, int]) -> list[tuple[int, i
                 taps.append((0, _NO_TAP, 0))
             else:
                 taps.append((0, y // g.stride[0], x // g.stride[1]))
-    return taps
+    return tuple(taps)
 
 
 @lru_cache(maxsize=4096)
 def plan_pass(
     kind: str,
-    taps: tuple[tuple[int, int, int], ...],
+    taps: Taps,
     stride: tuple[int, int],
     source: tuple[int, int, int, int],
     out: tuple[int, int, int],
