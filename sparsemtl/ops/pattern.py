@@ -29,6 +29,7 @@ STRUCTURES = {"element": 1, "vector(4)": 4, "vector(8)": 8, "vector(16)": 16}
 
 # Nonzeros of an output channel in a block: enough to repay loading and storing its sums.
 _PER_BLOCK = 17
+_PER_BLOCK_OF_VECTORS = 50  # whose inputs are loaded so seldom that the L2 cache will do
 _LARGEST_BLOCK = 1 << 16  # columns: positions in a block are 16 bits
 # From so many channels on, blocks hold channels of one tap; below, all taps of some channels.
 _CHANNELS_BY_TAP = 288
@@ -243,7 +244,8 @@ class Pattern:
         count = self._count if vector == self.vector else self.nonzeros
         columns = list_channels * taps
         by_tap = list_channels >= _CHANNELS_BY_TAP
-        ends = _block_ends(list_channels, taps, count, self.groups * list_rows * columns)
+        size = self.groups * list_rows * columns
+        ends = _block_ends(list_channels, taps, count, size, vector)
         blocks = self.groups * len(ends)
         arrays = {
             "parts": torch.empty(self.groups, 5, dtype=torch.int32),
@@ -300,14 +302,15 @@ def _flat(weight: Tensor) -> Tensor:
     return weight.detach().to(torch.float32).contiguous()
 
 
-def _block_ends(channels: int, taps: int, nonzeros: int, size: int) -> list[int]:
+def _block_ends(channels: int, taps: int, nonzeros: int, size: int, vector: int) -> list[int]:
     """Where blocks of columns end, in the order that csrc/cpu/pack_pattern.h describes."""
     columns = channels * taps
     if columns == 0:
         return []
     density = nonzeros / size if size > 0 else 0.0
     smallest = _SMALLEST_BLOCK if channels >= _CHANNELS_BY_TAP else _SMALLEST_OF_FEW
-    width = min(max(int(_PER_BLOCK / max(density, 1e-9)), smallest), _LARGEST_BLOCK)
+    wanted = _PER_BLOCK if vector == 1 else _PER_BLOCK_OF_VECTORS
+    width = min(max(int(wanted / max(density, 1e-9)), smallest), _LARGEST_BLOCK)
     if channels >= _CHANNELS_BY_TAP:
         pieces = max(1, round(channels / width), -(-channels // _LARGEST_BLOCK))
         return [
