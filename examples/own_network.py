@@ -53,7 +53,8 @@ def main() -> None:
 
     plain = method.finalize(net)  # a TinyNet again, dense with zeros
     print(evaluate(plain, tasks, build_dataset(data, "test", ["depth", "normals"])))
-    print(sparsity_report(plain, state.components).components)
+    report = sparsity_report(plain, state.components)
+    print(f"{report.overall:.2%} zeros: {report.components}")
 
 
 if __name__ == "__main__":

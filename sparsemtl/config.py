@@ -41,6 +41,8 @@ class RunConfig:
     method: MethodConfig = field(default_factory=AdapMTLConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tasks: tuple[str, ...] = ("segmentation", "normals", "depth")
+    # options of sparsemtl.tasks per task, e.g. {"segmentation": {"miou_convention": "released"}}
+    task_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     baseline: str = "none"  # "dense": also train the dense twin; else a run folder, for Δ
     delta_form: str = "mean"  # Eq. 7, or the published tables' "sum"
     preset: str = ""  # where it started from, for the record
@@ -50,6 +52,11 @@ class RunConfig:
             raise ValueError("RunConfig: Expected at least one task, got none")
         if len(set(self.tasks)) != len(self.tasks):
             raise ValueError(f"RunConfig: Expected each task once, got {list(self.tasks)}")
+        unknown = [task for task in self.task_options if task not in self.tasks]
+        if unknown:
+            raise ValueError(
+                f"RunConfig: Expected task_options for {list(self.tasks)}, got {unknown}"
+            )
         if self.delta_form not in DELTA_FORMS:
             raise ValueError(unknown_choice("delta_form", self.delta_form, DELTA_FORMS))
 
@@ -159,7 +166,7 @@ def from_json(value: Mapping[str, Any]) -> RunConfig:
         name = fields.pop("name", None)
         if name not in kinds:
             raise ValueError(unknown_choice(section, name, kinds))
-        sections[section] = _rebuild(kinds[name], fields, section)
+        sections[section] = rebuild(kinds[name], fields, section)
     return RunConfig(**sections, **_arguments(RunConfig, value, "config", skip=("data", "method")))
 
 
@@ -173,7 +180,10 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
 
 
-def _rebuild(kind: type[Any], fields: Mapping[str, Any], where: str) -> Any:
+def rebuild(kind: type[Any], fields: Mapping[str, Any], where: str) -> Any:
+    """A config dataclass from plain values.   raises: ValueError naming the field"""
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"config: Expected {where} to be a section, got {fields!r}")
     return kind(**_arguments(kind, fields, where))
 
 
@@ -189,12 +199,55 @@ def _arguments(
 
 
 def _revive(hint: Any, value: Any, where: str) -> Any:
+    """`value`, as JSON holds it, as the type hint says.   raises: ValueError naming `where`"""
     options = [hint]
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         options = list(typing.get_args(hint))
     for option in options:
+        origin, parts = typing.get_origin(option), typing.get_args(option)
         if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
-            return _rebuild(typing.cast("type[Any]", option), value, where)
-        if typing.get_origin(option) is tuple and isinstance(value, list):
-            return tuple(value)
-    return value
+            return rebuild(typing.cast("type[Any]", option), value, where)
+        if origin is tuple and isinstance(value, (list, tuple)):
+            kinds = [parts[0]] * len(value) if parts[-1] is Ellipsis else list(parts)
+            if len(kinds) == len(value):
+                items = zip(kinds, value, strict=True)
+                return tuple(_revive(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(items))
+        if origin is Mapping and isinstance(value, Mapping):
+            return {k: _revive(parts[1], v, f"{where}.{k}") for k, v in value.items()}
+        if origin is not None or not isinstance(option, type) or dataclasses.is_dataclass(option):
+            continue
+        whole_as_float = option is float and isinstance(value, int)
+        if isinstance(value, bool) and option is not bool:
+            continue
+        if isinstance(value, option) or whole_as_float:
+            return float(value) if whole_as_float else value
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        expected = "a section"
+    else:
+        expected = getattr(hint, "__name__", None) or str(hint)
+    raise ValueError(f"config: Expected {where} to be {expected}, got {value!r}")
+
+
+def with_changes(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """The same run with single fields changed.
+
+    changes: dotted field → value, for example {"train.optim.lr": 1e-4}
+    raises:  ValueError naming a field that there is not, or a value of the wrong kind
+    """
+    plain = to_json(config)
+    for path, value in changes.items():
+        *sections, last = path.split(".")
+        place: Any = plain
+        for section in sections:
+            if isinstance(place, dict) and place.get(section) is None and section in place:
+                place[section] = {}  # an optional section that was left out
+            if section == "task_options" or (sections and sections[0] == "task_options"):
+                place = place.setdefault(section, {})
+                continue
+            if not isinstance(place, dict) or section not in place:
+                raise ValueError(unknown_choice("a section of the run", section, list(place)))
+            place = place[section]
+        if not isinstance(place, dict):
+            raise ValueError(f"config: Expected {path} to name a field, got a value's field")
+        place[last] = value
+    return from_json(plain)

@@ -28,14 +28,21 @@ class Demo:
 
     def run(self) -> int:
         folder = RunFolder(self.out)
-        if folder.summary.exists() and folder.baseline.summary.exists():
-            print(f"{self.out} holds a finished demo; remove it to train again", file=sys.stderr)
-            print_summary(read_json(folder.summary, "a run"), folder)
-            return 0
         config = configs.demo()
         if self.steps is not None:
             train = dataclasses.replace(config.train, steps=self.steps)
             config = dataclasses.replace(config, train=train)
+        if folder.config.exists():
+            found = folder.load_config()
+            if (found.preset, found.train.steps) != (config.preset, config.train.steps):
+                raise ValueError(
+                    f"Expected {self.out} to be free or to hold a demo of {config.train.steps} "
+                    f"steps, got a run of {found.train.steps} steps of preset {found.preset!r}"
+                )
+        if folder.summary.exists() and folder.baseline.summary.exists():
+            print(f"{self.out} holds a finished demo; remove it to train again", file=sys.stderr)
+            print_summary(read_json(folder.summary, "a run"), folder)
+            return 0
         run = resume_run(folder) if folder.config.exists() else new_run(config, folder)
         try:
             summary = execute(run, live_display(quiet=False))

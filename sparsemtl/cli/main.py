@@ -11,7 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Protocol, cast
 
+import sparsemtl
 from sparsemtl.errors import CheckpointError, DivergedError
+from sparsemtl.ops.dispatch import BackendUnavailable
 
 
 class Command(Protocol):
@@ -46,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ["--version"]:
+        print(f"sparsemtl {sparsemtl.__version__}")
+        return 0
     command = cast(
         Command,
         tyro.cli(
@@ -66,7 +71,7 @@ def run(command: Command) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (DivergedError, CheckpointError) as error:
+    except RuntimeError as error:  # ours, a backend that cannot run, memory that is not there
         return _failed(error, 1)
     except (ValueError, TypeError, OSError, ImportError) as error:
         return _failed(error, 2)
@@ -76,6 +81,6 @@ def _failed(error: Exception, code: int) -> int:
     if os.environ.get("SPARSEMTL_TRACEBACK"):
         raise error
     print(f"error: {error}", file=sys.stderr)
-    if not isinstance(error, (DivergedError, CheckpointError)):
+    if not isinstance(error, DivergedError | CheckpointError | BackendUnavailable):
         print("(SPARSEMTL_TRACEBACK=1 shows where)", file=sys.stderr)
     return code

@@ -11,6 +11,7 @@ baseline/        the dense twin's own run folder, where one was asked for
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import nn
 
 from sparsemtl import config as configs
 from sparsemtl.config import RunConfig
-from sparsemtl.data import build_dataset
+from sparsemtl.data import ScenesConfig, build_dataset
 from sparsemtl.errors import CheckpointError
 from sparsemtl.models.config import ModelConfig, build_model
 from sparsemtl.tasks import Task, make_task
@@ -71,10 +72,20 @@ class RunFolder:
 
     def create(self, config: RunConfig) -> None:
         """Start a new run here.   raises: ValueError if the folder holds anything already."""
-        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+        self.check_free()
+        write_json(self.config, configs.to_json(config))
+
+    def check_free(self) -> None:
+        """raises: ValueError if the folder holds anything already."""
+        if self.root.exists() and (not self.root.is_dir() or self._holds_anything()):
             hint = f"; `--resume {self.root}` continues it" if self.config.exists() else ""
             raise ValueError(f"Expected --out to be a new or empty folder, got {self.root}{hint}")
-        write_json(self.config, configs.to_json(config))
+
+    def _holds_anything(self) -> bool:
+        """Whether anything but what a killed write left behind is here."""
+        return any(
+            not (p.name.startswith(".") and p.name.endswith(".tmp")) for p in self.root.iterdir()
+        )
 
     def load_config(self) -> RunConfig:
         """raises: ValueError if this is no run folder or its config.json is damaged."""
@@ -101,14 +112,22 @@ def build_tasks(config: RunConfig, dataset: Any) -> dict[str, Task]:
     tasks = {}
     for name in config.tasks:
         spec = dataset.spec.targets[name]
-        options = {"normals_space": spec.normals_space} if spec.kind == "normals" else {}
+        options = dict(config.task_options.get(name, {}))
+        if spec.kind == "normals":
+            options["normals_space"] = spec.normals_space
         tasks[name] = make_task(name, spec.kind, spec.channels, **options)
     return tasks
 
 
-def build_split(config: RunConfig, split: str) -> Any:
-    """One split of the run's data set, with the run's tasks."""
-    return build_dataset(config.data, split, list(config.tasks))
+def build_split(config: RunConfig, split: str, *, augmented: bool = False) -> Any:
+    """One split of the run's data set, with the run's tasks.   augmented: for training"""
+    data = config.data
+    if not augmented:
+        plain: dict[str, Any] = (
+            {"flip": False} if isinstance(data, ScenesConfig) else {"augmentation": "none"}
+        )
+        data = dataclasses.replace(data, **plain)
+    return build_dataset(data, split, list(config.tasks))
 
 
 def save_model(
@@ -136,9 +155,11 @@ def load_model(folder: RunFolder) -> nn.Module:
             f"`sparsemtl train --resume {folder.root}` finishes it"
         )
     saved = read_json(folder.model_config, "a model folder")
-    fields = dict(saved["model"])
-    fields["rates"] = tuple(fields["rates"])
-    model = build_model(ModelConfig(**fields), saved["heads"])
+    try:
+        config = configs.rebuild(ModelConfig, saved["model"], "model")
+        model = build_model(config, saved["heads"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder.model_config} describes no model: {error!r}") from error
     try:
         tensors: Mapping[str, torch.Tensor] = load_file(folder.weights)
     except (SafetensorError, OSError) as error:

@@ -28,7 +28,7 @@ from sparsemtl.training.callbacks import Checkpointer, Evaluator, MetricsLog, St
 from sparsemtl.training.checkpoint import checkpoints, load_checkpoint, write_json
 from sparsemtl.training.evaluate import Metrics, evaluate, evaluate_constant
 from sparsemtl.training.loop import Callback, train
-from sparsemtl.training.state import TrainState
+from sparsemtl.training.state import REQUIRED, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,17 @@ class Run:
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop and has saved; the message says how to go on."""
+    """The run was asked to stop and has saved; the message says how to go on.
+
+    what: where it stopped   run: the one to resume, which for a dense twin is the run it belongs to
+    """
+
+    def __init__(self, what: str, run: Run) -> None:
+        self.what = what
+        super().__init__(
+            f"{what}; everything up to there is saved. "
+            f"Go on with: sparsemtl train --resume {run.folder.root}"
+        )
 
 
 def new_run(config: RunConfig, folder: RunFolder) -> Run:
@@ -72,8 +82,28 @@ def new_run(config: RunConfig, folder: RunFolder) -> Run:
     resolved = dataclasses.replace(config.train.runtime, threads=threads)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, runtime=resolved))
     run = _build(config, folder)
+    folder.check_free()
+    _probe(run)
     folder.create(config)
     return run
+
+
+def _probe(run: Run) -> None:
+    """Meet before the first step what would otherwise be met after the last one.
+
+    The splits that will be measured must exist, and one forward pass must work: data, backend and
+    model outputs. In eval mode, which draws no random numbers and moves no batch statistics.
+    """
+    build_split(run.config, "test")
+    if run.config.train.evaluate_every is not None:
+        build_split(run.config, "val")
+    if run.config.baseline not in configs.BASELINES:
+        baseline_summary(run.config.baseline)
+    state = run.state
+    state.model.eval()
+    with torch.no_grad():
+        state.forward(next(state.batches(workers=0)))
+    state.model.train()
 
 
 def resume_run(folder: RunFolder) -> Run:
@@ -82,7 +112,7 @@ def resume_run(folder: RunFolder) -> Run:
     found = checkpoints(folder.checkpoints)
     for path in reversed(found):
         try:
-            saved = load_checkpoint(path)
+            saved = load_checkpoint(path, REQUIRED)
         except CheckpointError as error:
             log.warning("%s; trying the one before", error)
             continue
@@ -101,15 +131,19 @@ def execute(run: Run, show: DisplayFactory) -> dict[str, Any]:
 
     raises: Interrupted after Ctrl-C or SIGTERM, with everything saved.
     """
-    _train(run, show)
-    summary = _finish(run)
-    summary = _compare(run, summary, show)
-    draw(run.folder, run.config, summary)
+    try:
+        _train(run, show)
+        summary = _finish(run)
+        summary = _compare(run, summary, show)
+        draw(run.folder, run.config, summary)
+    except KeyboardInterrupt as stopped:
+        what = stopped.what if isinstance(stopped, Interrupted) else "stopped after training"
+        raise Interrupted(what, run) from None
     return summary
 
 
 def _build(config: RunConfig, folder: RunFolder) -> Run:
-    train_set = build_split(config, "train")
+    train_set = build_split(config, "train", augmented=True)
     tasks = build_tasks(config, train_set)
     device = runtime.start(config.train.runtime, config.train.seed)
     model = build_model(config.model, {name: task.channels for name, task in tasks.items()})
@@ -138,12 +172,9 @@ def _train(run: Run, show: DisplayFactory) -> None:
                 train(state, callbacks)
         finally:
             metrics.close()
-        if not state.finished:
+        if stop.received is not None:
             save(state)
-            raise Interrupted(
-                f"{stop.received}: stopped after step {state.step} of {steps}; everything is "
-                f"saved. Go on with: sparsemtl train --resume {folder.root}"
-            )
+            raise Interrupted(f"{stop.received}: stopped after step {state.step} of {steps}", run)
 
 
 def _finish(run: Run) -> dict[str, Any]:
@@ -166,17 +197,26 @@ def _finish(run: Run) -> dict[str, Any]:
         "seconds": round(state.seconds, 3),
         "metrics": metrics,
         "metrics_split": "test",
-        "constant_metrics": evaluate_constant(run.tasks, run.train_set, test_set),
-        "delta": no_delta(config.delta_form, "no reference run was named; see --baseline"),
+        "constant_metrics": evaluate_constant(run.tasks, build_split(config, "train"), test_set),
+        "delta": no_delta(config.delta_form, _no_delta_yet(config)),
         "sparsity": {"requested": state.method.sparsity_target, **report.to_json()},
         "parameters": sum(p.numel() for p in model.parameters()),
         "flops": count_flops(model, (height, width)).to_json(),
-        "skipped_samples": len(getattr(run.train_set, "skipped", ())),
+        "skipped_files": {
+            "train": [list(s) for s in getattr(run.train_set, "skipped", ())],
+            "test": [list(s) for s in getattr(test_set, "skipped", ())],
+        },
         "peak_memory_bytes": peak_rss_bytes(),
         "environment": environment(),
     }
     write_json(run.folder.summary, summary)
     return summary
+
+
+def _no_delta_yet(config: RunConfig) -> str:
+    if config.baseline == "none" or method_name(config.method) == "dense":
+        return "no reference run was named; see --baseline"
+    return "the reference is not trained yet; --resume this run"
 
 
 def _compare(run: Run, summary: dict[str, Any], show: DisplayFactory) -> dict[str, Any]:
@@ -211,7 +251,11 @@ def baseline_summary(name: str) -> dict[str, Any]:
     from pathlib import Path
 
     path = Path(name)
-    return read_json(path if path.suffix == ".json" else RunFolder(path).summary, "a finished run")
+    path = path if path.suffix == ".json" else RunFolder(path).summary
+    summary = read_json(path, "a finished run")
+    if not isinstance(summary.get("metrics"), dict):
+        raise ValueError(f"Expected --baseline to name a run's summary with metrics, got {path}")
+    return summary
 
 
 def compute_delta(

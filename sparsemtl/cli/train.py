@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import tyro
 from sparsemtl import config as configs
 from sparsemtl.cli.display import live_display
 from sparsemtl.cli.run_folder import RunFolder
-from sparsemtl.cli.runner import Interrupted, baseline_summary, execute, new_run, resume_run
+from sparsemtl.cli.runner import Interrupted, execute, new_run, resume_run
 from sparsemtl.cli.tables import print_summary
 from sparsemtl.config import RunConfig
 from sparsemtl.data import dataset_config
@@ -83,6 +84,9 @@ class Train:
     """Reference for the deltas: dense (train a dense twin too), a run folder, or none."""
     delta_form: Text = None
     """mean (Eq. 7) or sum (as the published tables)."""
+    set: Words = ()
+    """Any other field of config.json, for example train.weighting.window=100
+    method.controller.floor=0 task_options.segmentation.miou_convention=released."""
     precision: Text = None
     """fp32 or bf16 (autocast)."""
     device: Text = None
@@ -142,11 +146,16 @@ class Train:
             model=_changed(config.model, name=self.model, width=self.width, dropout=self.dropout),
             method=self._method(config),
             train=self._train(config),
-            **_given(tasks=self.tasks or None, baseline=self.baseline, delta_form=self.delta_form),
+            **_given(
+                tasks=self.tasks or None, baseline=self._baseline(), delta_form=self.delta_form
+            ),
         )
-        if config.baseline not in configs.BASELINES:
-            baseline_summary(config.baseline)  # fail before training, not after
-        return config
+        return configs.with_changes(config, dict(_parse_set(text) for text in self.set))
+
+    def _baseline(self) -> str | None:
+        if self.baseline is None or self.baseline in configs.BASELINES:
+            return self.baseline
+        return str(Path(self.baseline).resolve())  # resuming may start from elsewhere
 
     def _data(self, config: RunConfig) -> Any:
         name = self.data or ("nyuv2" if self.data_root is not None else None)
@@ -155,7 +164,7 @@ class Train:
             data = dataset_config(name)()
         options = dict(_parse_option(o) for o in self.data_option)
         if self.data_root is not None:
-            options["root"] = str(self.data_root)
+            options["root"] = str(self.data_root.resolve())
         if self.on_error is not None:
             options["on_error"] = self.on_error
         known = {f.name: f for f in dataclasses.fields(data)}
@@ -230,6 +239,16 @@ def _parse_option(text: str) -> tuple[str, str]:
     if not equals or not name:
         raise ValueError(f"Expected --data-option NAME=VALUE, got {text!r}")
     return name.replace("-", "_"), value
+
+
+def _parse_set(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"Expected --set FIELD=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value  # a word
 
 
 def _like(old: Any, text: str, name: str) -> Any:

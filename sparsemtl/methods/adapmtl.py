@@ -7,6 +7,7 @@ and the joint normalisation of the thresholds' gradients (docs/fidelity.md compa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,8 @@ class AdapMTLConfig:
                 raise ValueError(
                     f"AdapMTLConfig: Expected {name} in {list(choices)}, got {value!r}"
                 )
+        if not math.isfinite(self.theta_init):
+            raise ValueError(f"AdapMTLConfig: Expected finite theta_init, got {self.theta_init}")
         if not self.travel >= 0.0:
             raise ValueError(f"AdapMTLConfig: Expected travel >= 0, got {self.travel}")
 

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+MOST_LABELS = 8  # a longer legend would hide the curves
 ACTIVE_ALPHA = 1e-7  # below it no threshold prunes anything yet
 COLOURS = ("#3b6fb6", "#d9822b", "#3a9a6b", "#b5446e", "#7a5fb0", "#7d7d7d")
 STYLE: dict[str, Any] = {"fontsize": 10, "loc": "left"}
@@ -41,7 +42,7 @@ def training_curves(
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        if axis.get_legend_handles_labels()[0]:
+        if 0 < len(axis.get_legend_handles_labels()[0]) <= MOST_LABELS:
             axis.legend(fontsize=8, frameon=False)
     return figure
 

@@ -6,6 +6,7 @@ component (AdapMTL); the ablations share one θ over all, over the heads, or giv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -230,6 +231,8 @@ def sparsify(
         )
     if grouping not in GROUPINGS:
         raise ValueError(f"sparsify: Expected grouping in {list(GROUPINGS)}, got {grouping!r}")
+    if not math.isfinite(theta_init):
+        raise ValueError(f"sparsify: Expected theta_init to be finite, got {theta_init}")
     found = find_components(model, components)
     groups = merge_components(found, grouping)
     for component in found.values():

@@ -89,18 +89,23 @@ class SparsityReport:
 def sparsity_report(model: nn.Module, components: Mapping[str, Component]) -> SparsityReport:
     """Count exact zeros of the effective weights of each component.
 
-    A sparsified model is counted through its thresholds and masks, a plain one as it stands.
+    model:      a sparsified one is counted through its thresholds and masks, a plain one as it is
+    components: of this model or of one of the same layout: layers are found by their names
+    raises:     ValueError for a layer that the model has not
     """
     sparsity = getattr(model, "sparsity", None)
     rows: list[tuple[str, str, Tensor]]
     if isinstance(sparsity, Sparsity):
         rows = list(sparsity.effective_weights())
     else:
-        rows = [
-            (name, layer, module.weight.detach())  # type: ignore[operator]  # a Parameter
-            for name, component in components.items()
-            for layer, module in unique_layers(component)
-        ]
+        modules = dict(model.named_modules())
+        names = [(n, layer) for n, c in components.items() for layer, _ in unique_layers(c)]
+        lost = [layer for _, layer in names if layer not in modules]
+        if lost:
+            raise ValueError(
+                f"sparsity_report: Expected components of this model, got unknown layers {lost[:3]}"
+            )
+        rows = [(n, layer, modules[layer].weight.detach()) for n, layer in names]  # type: ignore[operator, union-attr]
     zeros = dict.fromkeys(components, 0)
     sizes = dict.fromkeys(components, 0)
     layers = {}

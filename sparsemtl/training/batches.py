@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sparsemtl.data.base import collate
+from sparsemtl.data.base import DataError, collate
 
 Place = tuple[int, int]  # (index, epoch)
 
@@ -55,7 +55,10 @@ class _Placed(Dataset[Any]):
         self.dataset = dataset
 
     def __getitem__(self, place: Place) -> Any:
-        return self.dataset.sample(*place)
+        try:
+            return self.dataset.sample(*place)
+        except DataError as error:  # raised in a worker it would come back as a traceback's text
+            return error
 
 
 def training_batches(
@@ -63,23 +66,36 @@ def training_batches(
 ) -> Iterator[Any]:
     """Collated batches from number `start` on.   workers: loader processes, 0 for none"""
     stream = BatchStream(len(dataset), batch_size, seed, start, stop)
-    return iter(_loader(_Placed(dataset), stream, workers))
+    return _batches(_Placed(dataset), stream, workers)
 
 
 def evaluation_batches(dataset: Any, batch_size: int, workers: int = 0) -> Iterator[Any]:
     """Every sample once, in order, unaugmented; the last batch may be smaller."""
     places = [(i, 0) for i in range(len(dataset))]
     batches = [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
-    return iter(_loader(_Placed(dataset), batches, workers))
+    return _batches(_Placed(dataset), batches, workers)
 
 
-def _loader(dataset: Dataset[Any], batches: Any, workers: int) -> DataLoader[Any]:
-    return DataLoader(
+def _batches(dataset: Dataset[Any], batches: Any, workers: int) -> Iterator[Any]:
+    loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=_collate,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         # Its own generator: the loader otherwise draws from torch's, which dropout shares.
         generator=torch.Generator(),
     )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def _collate(samples: list[Any]) -> Any:
+    """The batch, or the first sample's error, or the error of putting the samples together."""
+    errors = [sample for sample in samples if isinstance(sample, DataError)]
+    try:
+        return errors[0] if errors else collate(samples)
+    except DataError as error:
+        return error

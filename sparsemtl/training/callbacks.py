@@ -15,7 +15,7 @@ import torch
 from sparsemtl.errors import CheckpointError, DivergedError
 from sparsemtl.sparsity.sparsify import Sparsity
 from sparsemtl.sparsity.stats import count_dead, overall_sparsity
-from sparsemtl.training.checkpoint import save_checkpoint
+from sparsemtl.training.checkpoint import atomic_write, save_checkpoint
 from sparsemtl.training.evaluate import evaluate
 from sparsemtl.training.loop import Callback
 from sparsemtl.training.state import TrainState
@@ -82,7 +82,7 @@ class MetricsLog:
             if row["step"] > step:
                 break
             kept.append(line + "\n")
-        self.path.write_text("".join(kept), encoding="utf-8")
+        atomic_write(self.path, lambda file: file.write("".join(kept).encode()))
 
     def close(self) -> None:
         file, self._file = self._file, None

@@ -8,7 +8,9 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping
+import struct
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,11 +19,15 @@ import torch
 from sparsemtl.errors import CheckpointError
 
 FORMAT = 1
-UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError)
+# What zipfile and torch.load raise on damaged files, beside pickle's own error.
+UNREADABLE = (
+    *(OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError),
+    *(OverflowError, AssertionError, MemoryError, struct.error, zipfile.BadZipFile),
+)
 _NAME = re.compile(r"step_(\d{8})\.pt")
 
 
-def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that it is either the old one or complete, whatever happens meanwhile.
 
     raises: CheckpointError naming the file and the cause (a full disk, say); the old file stays.
@@ -44,7 +50,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Atomic, indented, keys in the order given; NaN and inf, which JSON lacks, become null."""
     text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
-    atomic_write(path, lambda file: _write_all(file, text.encode()))
+    atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
@@ -63,12 +69,18 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name))
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, required: Sequence[str] = ()) -> dict[str, Any]:
     """Read one checkpoint without running pickled code.
 
-    raises: CheckpointError if it is not a readable checkpoint of this format.
+    required: what it must hold
+    raises:   CheckpointError if it is not a readable, undamaged checkpoint of this format
     """
     try:
+        # torch.load checks no checksums: a flipped bit would resume in silence to other weights.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{path} is not a readable checkpoint: {damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"Expected a checkpoint at {path}, got no such file") from error
@@ -77,6 +89,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{path}: Expected checkpoint format {FORMAT}, got {found!r}")
+    missing = [name for name in required if name not in state]
+    if missing:
+        raise CheckpointError(f"{path} is not a checkpoint of a run: it lacks {missing}")
     return state
 
 
@@ -103,10 +118,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_all(file: BinaryIO, data: bytes) -> None:
-    file.write(data)
 
 
 def _reason(error: Exception, path: Path) -> str:

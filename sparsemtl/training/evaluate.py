@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,25 +45,26 @@ def evaluate_constant(
 ) -> Metrics:
     """The metrics of predicting each task's best constant, learned from `limit` training frames."""
     first = _First(train_set, limit)
-    constants = {
-        name: task.constant_predictor(
-            (batch.targets[name], batch.valid[name])
-            for batch in evaluation_batches(first, batch_size, workers)
-        )
-        for name, task in tasks.items()
-    }
+    constants = {}
+    for name, task in tasks.items():
+        seen = evaluation_batches(first, batch_size, workers)
+        with contextlib.suppress(ValueError):  # not one valid pixel: its metrics are NaN
+            constants[name] = task.constant_predictor(
+                (b.targets[name], b.valid[name]) for b in seen
+            )
     with torch.no_grad():
-        return _measure(
+        found = _measure(
             lambda batch: {
                 name: constant(len(batch.image), *batch.image.shape[-2:])
                 for name, constant in constants.items()
             },
-            tasks,
+            {name: tasks[name] for name in constants},
             test_set,
             torch.device("cpu"),
             batch_size,
             workers,
         )
+    return {n: found[n] if n in found else t.metrics().compute() for n, t in tasks.items()}
 
 
 class _First:

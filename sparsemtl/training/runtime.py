@@ -18,6 +18,7 @@ class RuntimeConfig:
     precision: str = "fp32"  # bf16: autocast forward; master weights and losses stay fp32
     threads: int | None = None  # CPU threads; None: torch's own number, recorded for resuming
     workers: int = 0  # loader processes
+    sparse_kernels: bool = False  # layers run sparse where measured faster (CPU, fp32)
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

@@ -16,7 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from sparsemtl.errors import CheckpointError
 from sparsemtl.methods.base import Method
 from sparsemtl.models.component import Component, find_components
+from sparsemtl.sparsity.choice import CHOICES
 from sparsemtl.sparsity.mask import check_sparsity
+from sparsemtl.sparsity.sparsify import Sparsity
 from sparsemtl.training import runtime
 from sparsemtl.training.batches import training_batches
 from sparsemtl.training.checkpoint import check_same_model
@@ -44,8 +46,8 @@ class TrainConfig:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig: Expected {name} >= 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"TrainConfig: Expected seed >= 0, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"TrainConfig: Expected seed in [0, 2^63), got {self.seed}")
         for name in ("checkpoint_every", "evaluate_every", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -104,6 +106,8 @@ class TrainState:
         found = find_components(model, components)
         method.prepare(model, config.steps)
         sparsity = getattr(model, "sparsity", None)
+        if isinstance(sparsity, Sparsity):
+            sparsity.sparse_kernels = config.runtime.sparse_kernels
         optimizer = build_optimizer(config.optim, method.parameter_groups(model), sparsity)
         weighting = config.weighting or WeightingConfig(method.default_weighting)
         return cls(
@@ -132,8 +136,8 @@ class TrainState:
     def loss_weight(self, task: str) -> float:
         return float(self.config.loss_weights.get(task, 1.0))
 
-    def batches(self) -> Iterator[Any]:
-        """The batches from the present step to the last."""
+    def batches(self, workers: int | None = None) -> Iterator[Any]:
+        """The batches from the present step to the last.   workers: other than the run's own"""
         config = self.config
         return training_batches(
             self.dataset,
@@ -141,7 +145,7 @@ class TrainState:
             config.seed,
             self.step,
             config.steps,
-            config.runtime.workers,
+            config.runtime.workers if workers is None else workers,
         )
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
@@ -162,6 +166,7 @@ class TrainState:
         """Everything a bit-exact continuation needs, as tensors and plain values."""
         return {
             "step": self.step,
+            "samples": len(self.dataset),
             "seconds": self.seconds,
             "model": self.model.state_dict(),
             "method_name": self.method.name,
@@ -169,6 +174,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "schedule": {"last_epoch": self.schedule.last_epoch},
             "weighting": self.weighting.state_dict(),
+            "choices": CHOICES.state_dict(),
             "rng": runtime.rng_state(),
         }
 
@@ -180,15 +186,30 @@ class TrainState:
                 f"got one of {state['method_name']!r}"
             )
         check_same_model(path, self.model.state_dict(), state["model"])
+        if state["samples"] != len(self.dataset):
+            raise CheckpointError(
+                f"{path}: Expected the {state['samples']} training samples that the run began "
+                f"with, got {len(self.dataset)}: the data set has changed"
+            )
+        try:
+            self.method.load_state_dict(state["method"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{path} is a checkpoint of another run: {error}") from error
         self.model.load_state_dict(state["model"])
-        self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.last_epoch = state["schedule"]["last_epoch"]
         self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.weighting.load_state_dict(state["weighting"])
+        CHOICES.load_state_dict(state["choices"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.last_checkpoint = path
         runtime.set_rng_state(state["rng"])
+
+
+REQUIRED = (  # of a checkpoint that `load_resume_state` takes
+    *("step", "samples", "seconds", "model", "method_name", "method", "optimizer", "schedule"),
+    *("weighting", "choices", "rng"),
+)
 
 
 class Stopwatch:

@@ -29,11 +29,13 @@ class WeightingConfig:
     def __post_init__(self) -> None:
         if self.name not in WEIGHTINGS:
             raise ValueError(unknown_choice("weighting", self.name, WEIGHTINGS))
-        for field in ("window", "warmup"):
+        for field, least in (("window", 2), ("warmup", 0)):
             value = getattr(self, field)
-            if value is not None and value < (2 if field == "window" else 0):
-                raise ValueError(f"WeightingConfig: Expected {field} >= 2 or None, got {value}")
-        if not self.scale > 0.0 or not self.most >= 1.0:
+            if value is not None and value < least:
+                raise ValueError(
+                    f"WeightingConfig: Expected {field} >= {least} or None, got {value}"
+                )
+        if not 0.0 < self.scale < math.inf or not self.most >= 1.0:
             raise ValueError(
                 f"WeightingConfig: Expected scale > 0 and most >= 1, got {self.scale}, {self.most}"
             )

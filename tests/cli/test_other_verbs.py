@@ -59,3 +59,45 @@ def test_help_needs_nothing():
             [sys.executable, "-m", "sparsemtl", *words], capture_output=True, check=True
         )
         assert b"usage: sparsemtl" in done.stdout
+
+
+WRONG = {
+    "train.steps": "abc",
+    "train.optim": None,
+    "method.controller": None,
+    "train.runtime": "x",
+    "train.loss_weights": [1],
+    "data.flip": "maybe",
+    "tasks": "depth",
+    "train.seed": True,
+    "model.rates": ["a"],
+}
+
+
+@pytest.mark.parametrize(("path", "value"), WRONG.items(), ids=WRONG.keys())
+def test_wrong_kinds_in_a_config_name_the_field(path, value):
+    with pytest.raises(ValueError, match=rf"config: Expected .*{path.split('.')[-1]}"):
+        configs.with_changes(configs.demo(), {path: value})
+
+
+def test_any_field_can_be_changed():
+    config = configs.with_changes(
+        configs.demo(),
+        {
+            "train.weighting.window": 7,
+            "method.controller.floor": 0,
+            "task_options.segmentation.miou_convention": "released",
+        },
+    )
+    assert config.train.weighting.window == 7
+    assert config.method.controller.floor == 0.0
+    assert config.task_options["segmentation"] == {"miou_convention": "released"}
+    with pytest.raises(ValueError, match=r"a field of method.controller.*mean 'floor'"):
+        configs.with_changes(configs.demo(), {"method.controller.flor": 0})
+    with pytest.raises(ValueError, match="a section of the run"):
+        configs.with_changes(configs.demo(), {"trian.steps": 0})
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("sparsemtl 0.")

@@ -214,3 +214,87 @@ def test_a_dense_run_can_be_a_baseline(run, tmp_path):
     out = tmp_path / "run"
     assert train(out, "--steps", "3", "--baseline", str(run / "baseline")) == 0
     assert summary(out)["delta"]["reference"] == str(run / "baseline")
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(run, tmp_path):
+    out = tmp_path / "run"
+    words = ["--steps", "10", "--sparsity", "0.83", "--seed", "1", "--checkpoint-every", "2"]
+    assert train(out, *words) == 0
+    newest = sorted((out / "checkpoints").iterdir())[-1]
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 3] ^= 255
+    newest.write_bytes(data)
+    (out / "summary.json").unlink()
+    (out / "model" / "model.safetensors").unlink()
+    assert main(["train", "--resume", str(out), "--quiet"]) == 0
+    files = [f / "model" / "model.safetensors" for f in (run, out)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_ctrl_c_in_the_dense_twin_names_the_whole_run(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "sparsemtl", "train", *SMALL, "--out", str(out)]
+    process = subprocess.Popen(
+        [*command, "--steps", "30", "--baseline", "dense"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    wait_for_step(process, out / "baseline", 2)
+    os.kill(process.pid, signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.decode().strip().endswith(f"sparsemtl train --resume {out}")
+    assert summary(out)["delta"]["reason"].startswith("the reference is not trained yet")
+    assert main(["train", "--resume", str(out), "--quiet"]) == 0
+    assert summary(out)["delta"]["reference"] == "baseline (dense twin)"
+
+
+MORE_BAD = {
+    "seed": (["--seed", str(2**64)], "Expected seed in [0, 2^63)"),
+    "theta": (["--theta-init", "nan"], "Expected finite theta_init"),
+    "set-field": (["--set", "train.steps=abc"], "train.steps to be int, got 'abc'"),
+    "set-shape": (["--set", "steps"], "Expected --set FIELD=VALUE"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), MORE_BAD.values(), ids=MORE_BAD.keys())
+def test_more_bad_input_gets_a_sentence(words, message, tmp_path, capsys):
+    assert train(tmp_path / "run", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_baseline_without_metrics_is_refused_before_training(tmp_path, capsys):
+    (tmp_path / "bad.json").write_text("{}")
+    assert train(tmp_path / "run", "--baseline", str(tmp_path / "bad.json")) == 2
+    assert "bad.json" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_backend_that_cannot_run_is_refused_before_the_folder(tmp_path, capsys, monkeypatch):
+    for name, code in (("triton", 1), ("nonsense", 2)):
+        monkeypatch.setenv("SPARSEMTL_BACKEND", name)
+        assert train(tmp_path / "run", "--steps", "2") == code
+        assert name in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_damaged_file_is_named_in_a_sentence(tmp_path, capsys, workers):
+    root = tmp_path / "set"
+    size = ["--height", "40", "--width", "48", "--frames", "3", "--frames-test", "1"]
+    assert main(["data", "scenes", "--out", str(root), *size]) == 0
+    words = ["train", "--preset", "demo", "--data-root", str(root), "--width", "0.125", "--quiet"]
+    words += ["--data-option", "crop=32", "--batch-size", "1", "--baseline", "none"]
+    victim = sorted((root / "img").glob("*.png"))[0]
+    whole = victim.read_bytes()
+    out = tmp_path / "run"
+    victim.write_bytes(whole[: len(whole) // 2])
+    assert main([*words, "--steps", "6", "--workers", workers, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert victim.name in error
+    assert "Traceback" not in error
+    skipped = tmp_path / "skipped"
+    assert main([*words, "--steps", "2", "--on-error", "skip", "--out", str(skipped)]) == 0
+    ((file, _),) = summary(skipped)["skipped_files"]["train"]
+    assert victim.name in file

@@ -92,3 +92,18 @@ def test_another_models_checkpoint_is_refused(tmp_path):
 def test_json_has_no_nan(tmp_path):
     write_json(tmp_path / "a.json", {"x": float("nan"), "y": [float("inf"), 1.5]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": None, "y": [None, 1.5]}
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    path = save_checkpoint(tmp_path, 1, {"value": torch.zeros(100_000)})
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_that_lacks_something_is_refused(tmp_path):
+    path = save_checkpoint(tmp_path, 1, {"step": 1})
+    with pytest.raises(CheckpointError, match=r"it lacks \['model'\]"):
+        load_checkpoint(path, ["step", "model"])
