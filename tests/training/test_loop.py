@@ -238,7 +238,7 @@ def test_constant_predictor_metrics_have_every_metric(data):
     [
         ({"steps": 0}, "Expected steps >= 1, got 0"),
         ({"batch_size": 0}, "Expected batch_size >= 1"),
-        ({"seed": -1}, r"Expected seed in \[0, 2^63\), got -1"),
+        ({"seed": -1}, r"Expected seed in \[0, 2\^63\), got -1"),
         ({"checkpoint_every": 0}, "Expected checkpoint_every >= 1"),
         ({"loss_weights": {"depth": float("nan")}}, r"loss_weights\['depth'\] >= 0"),
     ],
