@@ -19,15 +19,14 @@ STEPS = 40
 
 
 class TinyNet(nn.Module):
-    """A trunk of four convolutions and a 1x1 head per task."""
+    """A trunk of four strided convolutions and a 1x1 head per task."""
 
     def __init__(self) -> None:
         super().__init__()
         widths = (3, 16, 32, 64, 64)
         layers: list[nn.Module] = []
-        for i, (c, k) in enumerate(pairwise(widths)):
-            layers += [nn.Conv2d(c, k, 3, stride=2 if i < 3 else 1, padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(k), nn.ReLU()]
+        for c, k in pairwise(widths):
+            layers += [nn.Conv2d(c, k, 3, 2, 1, bias=False), nn.BatchNorm2d(k), nn.ReLU()]
         self.trunk = nn.Sequential(*layers)
         self.depth_head = nn.Conv2d(64, 1, 1)
         self.normals_head = nn.Conv2d(64, 3, 1)

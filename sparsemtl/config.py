@@ -89,8 +89,7 @@ def nyuv2_adapmtl_resnet34() -> RunConfig:
             steps=20_000,
             batch_size=16,
             loss_weights={"segmentation": 1.0, "normals": 20.0, "depth": 3.0},
-            # Left to scale with the steps: window 400, warm-up 5 000, decay every 4 000 of 20 000.
-            weighting=WeightingConfig("adaptive"),
+            # All scale with the steps: decay every 4 000, weighting's window 400, warm-up 5 000.
             optim=OptimConfig(lr=1e-3, schedule="step", lr_factor=0.5),
         ),
         preset="nyuv2-adapmtl-resnet34",

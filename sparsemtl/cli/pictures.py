@@ -74,7 +74,7 @@ def prediction_rows(folder: RunFolder, config: RunConfig) -> list[dict[str, np.n
             row[f"{task_name}\ntarget"] = task.to_picture(target, valid, limits)
             for name, output in outputs.items():
                 predicted = nn.functional.interpolate(
-                    output[task_name].float(), size=image.shape[:2], mode="nearest"
+                    output[task_name].float(), size=image.shape[:2], mode="nearest-exact"
                 )[0]
                 row[f"{task_name}\n{name}"] = task.to_picture(predicted, None, limits)
         rows.append(row)

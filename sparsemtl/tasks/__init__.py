@@ -39,11 +39,13 @@ TASKS: dict[str, type[Task]] = {  # kind → class
 }
 
 RELEASED: dict[str, dict[str, Any]] = {  # kind → options that measure as the released codes do
-    "segmentation": {"miou_convention": "released", "pooling": "batches"},
-    "normals": {},  # the space is a property of the data, given by its TargetSpec
-    "depth": {"delta_rule": "released", "pooling": "batches"},
-    "keypoints": {"pooling": "batches"},
-    "edges": {"pooling": "batches"},
+    "segmentation": {"resolution": "released", "miou_convention": "released", "pooling": "batches"},
+    "normals": {
+        "resolution": "released"
+    },  # the space is a property of the data, given by its TargetSpec
+    "depth": {"resolution": "released", "delta_rule": "released", "pooling": "batches"},
+    "keypoints": {"resolution": "released", "pooling": "batches"},
+    "edges": {"resolution": "released", "pooling": "batches"},
 }
 
 

@@ -19,7 +19,7 @@ from sparsemtl.errors import unknown_choice
 from sparsemtl.tasks.constant import ConstantPredictor
 from sparsemtl.tasks.resize import resize_bilinear, resize_nearest
 
-RESOLUTIONS = ("prediction", "full")
+RESOLUTIONS = ("prediction", "released", "full")
 POOLINGS = ("pixels", "batches")
 
 
@@ -28,9 +28,10 @@ class Task(ABC):
     """One output: a name, a kind of target and a number of channels.
 
     resolution: where the loss is computed. "prediction": labels are nearest-resized down to the
-                prediction and metrics see it nearest-resized up, as AdaShare, DiSparse and AdapMTL
-                do. "full": loss and metrics see the prediction upsampled bilinearly (MTAN);
-                torch has no deterministic CUDA gradient for it.
+                prediction and metrics see it nearest-resized up, pixel centres on pixel centres.
+                "released": the same by torch's `nearest`, which rounds indices down and so is half
+                a cell off (AdaShare, DiSparse, AdapMTL). "full": loss and metrics see the
+                prediction upsampled bilinearly (MTAN).
     """
 
     name: str
@@ -42,6 +43,11 @@ class Task(ABC):
 
     def __post_init__(self) -> None:
         self._check_option("resolution", self.resolution, RESOLUTIONS)
+
+    @property
+    def resize_rule(self) -> str:
+        """Torch's name of the nearest rule between labels and predictions."""
+        return "nearest" if self.resolution == "released" else "nearest-exact"
 
     @property
     @abstractmethod
@@ -102,7 +108,8 @@ class Task(ABC):
             size = (target.shape[-2], target.shape[-1])
             prediction = resize_bilinear(prediction, size)
         size = (prediction.shape[-2], prediction.shape[-1])
-        target, valid = resize_nearest(target, size), resize_nearest(valid, size)
+        rule = self.resize_rule
+        target, valid = resize_nearest(target, size, rule), resize_nearest(valid, size, rule)
         return self._masked_loss(prediction, target, valid)
 
     def check_shapes(self, prediction: Tensor, target: Tensor, valid: Tensor) -> None:
@@ -193,7 +200,7 @@ class TaskMetrics(Metric):  # type: ignore[misc]  # torchmetrics is not followed
         size = (target.shape[-2], target.shape[-1])
         if self.task.resolution == "full":
             prediction = resize_bilinear(prediction.float(), size)
-        finite = resize_nearest(prediction.isfinite().all(dim=1), size)
+        finite = resize_nearest(prediction.isfinite().all(dim=1), size, self.task.resize_rule)
         self.broken += (valid & ~finite).sum().to(self.device)
         self.accumulate(prediction, target, valid & finite)
 

@@ -70,7 +70,9 @@ class DepthMetrics(TaskMetrics):
 
     def accumulate(self, prediction: Tensor, target: Tensor, valid: Tensor) -> None:
         size = (target.shape[-2], target.shape[-1])
-        predicted = resize_nearest(prediction[:, 0], size)[valid].double()  # [N]
+        predicted = resize_nearest(prediction[:, 0], size, self.task.resize_rule)[
+            valid
+        ].double()  # [N]
         true = target[:, 0][valid].double()
         error = (predicted - true).abs()
         self._add("abs", error, target.shape[0])

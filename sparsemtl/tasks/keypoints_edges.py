@@ -48,7 +48,7 @@ class MapMetrics(TaskMetrics):
 
     def accumulate(self, prediction: Tensor, target: Tensor, valid: Tensor) -> None:
         size = (target.shape[-2], target.shape[-1])
-        predicted = resize_nearest(prediction[:, 0], size)[valid].double()
+        predicted = resize_nearest(prediction[:, 0], size, self.task.resize_rule)[valid].double()
         error = (predicted - target[:, 0][valid].double()).abs()
         total, weight = mean_terms(error, target.shape[0], self.task.pooling)
         self.abs_total += total.to(self.device)

@@ -131,7 +131,9 @@ class NormalsMetrics(TaskMetrics):
 
     def accumulate(self, prediction: Tensor, target: Tensor, valid: Tensor) -> None:
         size = (target.shape[-2], target.shape[-1])
-        predicted = resize_nearest(prediction, size).permute(0, 2, 3, 1)[valid]  # [N, 3]
+        predicted = resize_nearest(prediction, size, self.task.resize_rule).permute(0, 2, 3, 1)[
+            valid
+        ]  # [N, 3]
         angle = angle_between(predicted, target.permute(0, 2, 3, 1)[valid])
         self.angle_total += angle.sum().to(self.device)
         bins = torch.round(angle / BIN).long()

@@ -133,7 +133,7 @@ class SegmentationMetrics(TaskMetrics):
     def accumulate(self, prediction: Tensor, target: Tensor, valid: Tensor) -> None:
         # The largest score does not depend on the size, so only labels are resized.
         size = (target.shape[-2], target.shape[-1])
-        predicted = resize_nearest(prediction.argmax(dim=1), size)[valid]
+        predicted = resize_nearest(prediction.argmax(dim=1), size, self.task.resize_rule)[valid]
         labels = target[valid].long()
         self.confusion += multiclass_confusion_matrix(
             predicted, labels, self.task.channels, validate_args=False

@@ -14,12 +14,14 @@ from tests.tasks.batches import CHANNELS, make_batch
 def reference(kind, prediction, target, valid):
     """The formula over a Python-indexed list of pixels, in float64."""
     size = prediction.shape[-2:]
-    valid = F.interpolate(valid[:, None].double(), size)[:, 0].bool()
+    valid = F.interpolate(valid[:, None].double(), size, mode="nearest-exact")[:, 0].bool()
     prediction = prediction.double().permute(0, 2, 3, 1)[valid]
     if kind == "segmentation":
-        labels = F.interpolate(target[:, None].double(), size)[:, 0].long()[valid]
+        labels = F.interpolate(target[:, None].double(), size, mode="nearest-exact")[:, 0].long()[
+            valid
+        ]
         return -F.log_softmax(prediction, 1)[torch.arange(len(labels)), labels].mean()
-    target = F.interpolate(target.double(), size).permute(0, 2, 3, 1)[valid]
+    target = F.interpolate(target.double(), size, mode="nearest-exact").permute(0, 2, 3, 1)[valid]
     if kind == "normals":
         return 1 - F.cosine_similarity(prediction, target, dim=1).mean()
     return (prediction - target).abs().mean()
@@ -152,7 +154,8 @@ def test_a_zero_vector_has_a_bounded_gradient():
 )
 def test_nearest_is_torchs(before, after):
     x = torch.randn(2, 3, *before)
-    assert torch.equal(resize_nearest(x, after), F.interpolate(x, after, mode="nearest"))
+    for rule in ("nearest", "nearest-exact"):
+        assert torch.equal(resize_nearest(x, after, rule), F.interpolate(x, after, mode=rule))
     flags = x[:, 0] > 0
     assert resize_nearest(flags, after).dtype == torch.bool
 
@@ -275,3 +278,13 @@ def test_bad_tasks_get_a_clear_error(case):
     arguments, options, error, text = case
     with pytest.raises(error, match=text):
         make_task(*arguments, **options)
+
+
+def test_the_released_rule_rounds_indices_down():
+    target = torch.arange(64.0).reshape(1, 1, 8, 8) + 1.0
+    valid = torch.ones(1, 8, 8, dtype=torch.bool)
+    prediction = torch.zeros(1, 1, 2, 2)
+    released = make_task("d", "depth", 1, resolution="released")
+    assert released.loss(prediction, target, valid) == target[0, 0, ::4, ::4].mean()
+    centred = make_task("d", "depth", 1)
+    assert centred.loss(prediction, target, valid) == target[0, 0, 2::4, 2::4].mean()
