@@ -31,6 +31,13 @@ def print_summary(summary: Mapping[str, Any], folder: RunFolder) -> None:
         console.print(_task_table(task, rows, {name: summary["delta"]["tasks"].get(task)}))
     console.print(_delta_line(summary["delta"]), highlight=False)
     console.print(component_table(summary))
+    work = summary["flops"]["total"]
+    console.print(
+        f"{summary['parameters']:,} parameters; one image costs {2e-9 * work['dense_mac']:.3f} GFLOP "
+        f"dense, {2e-9 * work['sparse_mac']:.3f} GFLOP counting nonzero weights only",
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print(
         f"{summary['steps']} steps in {summary['seconds']:.0f} s; everything is in {folder.root}",
         highlight=False,
