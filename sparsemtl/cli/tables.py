@@ -32,9 +32,10 @@ def print_summary(summary: Mapping[str, Any], folder: RunFolder) -> None:
     console.print(_delta_line(summary["delta"]), highlight=False)
     console.print(component_table(summary))
     work = summary["flops"]["total"]
+    dense, sparse = (2e-9 * work[key] for key in ("dense_mac", "sparse_mac"))
     console.print(
-        f"{summary['parameters']:,} parameters; one image costs {2e-9 * work['dense_mac']:.3f} GFLOP "
-        f"dense, {2e-9 * work['sparse_mac']:.3f} GFLOP counting nonzero weights only",
+        f"{summary['parameters']:,} parameters; one image costs {dense:.3f} GFLOP dense, "
+        f"{sparse:.3f} GFLOP counting nonzero weights only",
         highlight=False,
         soft_wrap=True,
     )
