@@ -24,6 +24,7 @@ from sparsemtl.training.optim import OptimConfig
 from sparsemtl.training.optim_threshold_adam import ThresholdAdam
 from sparsemtl.training.runtime import RuntimeConfig
 from sparsemtl.training.state import TrainConfig, TrainState
+from sparsemtl.training.weighting import WeightingConfig
 
 HEADS = {"segmentation": 5, "depth": 1}
 
@@ -350,6 +351,8 @@ def make_state(data, optimizer="threshold-adam", **method):
     config = TrainConfig(
         steps=12,
         batch_size=2,
+        # Not Eq. 6: over windows of two losses it divides their rounding by itself.
+        weighting=WeightingConfig("fixed"),
         optim=OptimConfig(optimizer=optimizer, lr=2e-4, weight_decay=1e-5),  # no chaos
         runtime=RuntimeConfig(device="cpu"),
     )
