@@ -96,7 +96,7 @@ def test_without_a_writable_cache_layers_stay_dense(monkeypatch, caplog):
 def test_a_damaged_cache_is_measured_anew(content):
     choice.cache_file().parent.mkdir(parents=True)
     choice.cache_file().write_text(content)
-    assert Choices().find("k") is None or content == '{"m": {"k": "x"}}'
+    assert Choices().find("k") is None
     assert Choices().keep("k", SPARSE) == SPARSE
 
 
