@@ -33,7 +33,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rates", tuple(self.rates))  # JSON knows lists only
         if self.name not in MODELS:
-            raise ValueError(f"ModelConfig: {unknown_choice('name', self.name, MODELS)}")
+            raise ValueError(f"ModelConfig: {unknown_choice('model name', self.name, MODELS)}")
         if not 0.0 < self.width < float("inf"):
             raise ValueError(f"ModelConfig: Expected width > 0, got {self.width}")
         if not 0.0 <= self.dropout < 1.0:

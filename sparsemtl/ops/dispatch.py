@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("triton", "cuda", "native", "reference")  # every name that any op may use
 
@@ -177,8 +178,8 @@ def through_torch(*tensors: Tensor) -> bool:
 
 
 def in_functorch() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp) traces this call."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether a torch.func transform or forward-mode differentiation traces this call."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_batched(tensor: Tensor) -> bool:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sparsemtl.ops import soft_threshold_backends as backends
 from sparsemtl.ops.availability import why_not_cuda, why_not_native, why_not_triton
@@ -158,15 +157,15 @@ class _SoftThreshold(torch.autograd.Function):
         return ctx.backend.forward(weights, alpha)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         alpha, *weights = ctx.saved_tensors
         used = [i for i, grad in enumerate(grads) if grad is not None]  # others add nothing
         if not used:
             return (None,) * (1 + len(weights))
         given = [grad for grad in grads if grad is not None]
-        batched = any(map(is_batched, given))
-        backward = backends.reference_backward if batched else ctx.backend.backward
+        # Plain torch where the gradient stands for many or will be differentiated itself.
+        plain = torch.is_grad_enabled() or any(map(is_batched, given))
+        backward = backends.reference_backward if plain else ctx.backend.backward
         found, grad_alpha = backward([weights[i] for i in used], alpha, given)
         grad_weights: list[Tensor | None] = [None] * len(weights)
         for i, grad_weight in zip(used, found, strict=True):

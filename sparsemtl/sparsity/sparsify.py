@@ -225,10 +225,14 @@ def sparsify(
                 TypeError for a layer that is neither nn.Conv2d nor nn.Linear itself.
     source:     AdapMTL, Eq. 2.
     """
-    if getattr(model, "sparsity", None) is not None:
-        raise ValueError(
-            "sparsify: Expected a model without `sparsity`, got one already sparsified"
+    taken = getattr(model, "sparsity", None)
+    if taken is not None:
+        got = (
+            "one already sparsified"
+            if isinstance(taken, Sparsity)
+            else f"one whose own `sparsity` is a {type(taken).__name__}; rename it"
         )
+        raise ValueError(f"sparsify: Expected a model without an attribute `sparsity`, got {got}")
     if grouping not in GROUPINGS:
         raise ValueError(f"sparsify: Expected grouping in {list(GROUPINGS)}, got {grouping!r}")
     if not math.isfinite(theta_init):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsemtl.ops import (
@@ -126,3 +127,26 @@ def test_batched_gradients():
         one = torch.autograd.grad(values, leaves, [r[i] for r in rows], retain_graph=True)
         for found, expected in zip(batched, one, strict=True):
             torch.testing.assert_close(found[i], expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own first use
+def test_forward_mode_keeps_the_tangent():
+    weights, alpha = inputs()
+    weight, a = weights[1].detach(), alpha.detach()
+    tangent = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(weight, tangent)
+        found = forward_ad.unpack_dual(soft_threshold(dual, a)).tangent
+    assert torch.equal(found, tangent * (weight.abs() > a))
+
+
+def test_gradients_of_gradients():
+    weights, alpha = inputs()
+    weight = weights[1]
+    value = soft_threshold(weight, alpha)
+    first = torch.autograd.grad(value.pow(3).sum(), (weight, alpha), create_graph=True)
+    second = torch.autograd.grad(first[0].sum() + first[1], (weight, alpha))
+    live, sign = (weight.abs() > alpha).float(), weight.sign()
+    curvature = 6 * value.detach() * live
+    torch.testing.assert_close(second[0], curvature * (1 - sign))
+    torch.testing.assert_close(second[1], (curvature * (1 - sign) * -sign).sum())

@@ -220,3 +220,10 @@ def test_compiled_and_exported(model, image):
         torch.testing.assert_close(found, expected)
         program = torch.export.export(model, (image,))
         torch.testing.assert_close(program.module()(image)["depth"], expected)
+
+
+def test_a_layer_of_the_users_named_sparsity_is_not_taken_for_ours():
+    net = nn.Module()
+    net.sparsity = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="own `sparsity` is a Linear; rename it"):
+        sparsify(net)
