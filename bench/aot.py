@@ -50,7 +50,6 @@ def cases() -> Iterator[tuple[str, object, list[object], dict[str, object]]]:
     """Name, kernel, argument types or values, options: one for each way a kernel is launched."""
     from sparsemtl.kernels import soft_threshold as st
     from sparsemtl.kernels import threshold_adam as ta
-
     from sparsemtl.ops.soft_threshold_backends import TRITON_BLOCK
 
     tables: list[object] = [torch.int64] * 4  # addresses, sizes, owners, starts
