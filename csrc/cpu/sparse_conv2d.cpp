@@ -41,11 +41,19 @@ int64_t cut_axis(const ConvProblem& p, int axis, int64_t out, int64_t size, bool
   return n;
 }
 
+// Strides of planes without gaps, where none are given.
+PlaneStrides or_dense(const PlaneStrides& given, int64_t planes, int64_t height, int64_t width) {
+  return given.pitch != 0 ? given : PlaneStrides{planes * height * width, height * width, width};
+}
+
 ConvCall make_call(const ConvArguments& a, const SparseList& list, const float* x,
                    int64_t widest_block) {
   const ConvProblem& p = a.problem;
   ConvCall call{};
   call.problem = p;
+  call.problem.in = or_dense(p.in, p.channels * p.phases, p.height, p.width);
+  call.problem.out = or_dense(p.out, p.rows, p.out_height, p.out_width);
+  call.problem.residual = or_dense(p.residual, p.rows, p.out_height, p.out_width);
   call.list = list;
   call.mode = a.mode;
   call.vectors = a.vectors;
@@ -65,14 +73,13 @@ int64_t count_tiles(const ConvCall& call) {
   const int64_t width = static_cast<int64_t>(call.vectors) * isa().sparse_conv2d.lanes;
   if (call.tiling.pixels == 0) return 0;
   if (call.mode == ConvMode::kTable) return ceil_div(call.tiling.pixels, width);
-  return p.batch * ceil_div((p.out_height - 1) * p.width + p.out_width, width);
+  return p.batch * ceil_div((p.out_height - 1) * p.in.pitch + p.out_width, width);
 }
 
-// Direct mode: where each nonzero finds its input within an image.
 void fill_offsets(const ConvCall& call, int32_t* offsets, int threads) {
   const ConvProblem& p = call.problem;
   const SparseList& list = call.list;
-  const int64_t channels = p.channels / p.groups, plane = p.height * p.width;
+  const int64_t channels = p.channels / p.groups;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < list.n_parts; ++i) {
     const PatternPart& part = list.parts[i];
@@ -85,18 +92,23 @@ void fill_offsets(const ConvCall& call, int32_t* offsets, int threads) {
         const int64_t column = list.columns[block.first_column + list.positions[z]];
         const int32_t* tap = p.taps + 3 * (column / channels);
         const int64_t channel = part.group * channels + column % channels;
-        offsets[z] =
-            static_cast<int32_t>((channel * p.phases + tap[0]) * plane + tap[1] * p.width + tap[2]);
+        offsets[z] = static_cast<int32_t>((channel * p.phases + tap[0]) * p.in.plane +
+                                          tap[1] * p.in.pitch + tap[2]);
       }
     }
   }
 }
 
 int64_t offset_floats(const ConvArguments& a, const SparseList& list) {
-  return a.mode == ConvMode::kDirect ? ceil_div(list.n_nonzeros, 16) * 16 : 0;
+  return a.mode == ConvMode::kDirect && a.offsets == nullptr ? ceil_div(list.n_nonzeros, 16) * 16
+                                                             : 0;
 }
 
 }  // namespace
+
+void sparse_conv2d_offsets(const ConvArguments& a, const SparseList& list, int32_t* offsets) {
+  fill_offsets(make_call(a, list, nullptr, 0), offsets, a.threads);
+}
 
 int64_t sparse_conv2d_scratch(const ConvArguments& a, const SparseList& list,
                               int64_t widest_block) {
@@ -107,7 +119,8 @@ int64_t sparse_conv2d_scratch(const ConvArguments& a, const SparseList& list,
 void sparse_conv2d_forward(const ConvArguments& a, const SparseList& list, const float* x, float* y,
                            const ConvEpilogue& epilogue, int64_t widest_block, float* scratch) {
   ConvCall call = make_call(a, list, x, widest_block);
-  if (a.mode == ConvMode::kDirect) {
+  call.offsets = a.offsets;
+  if (a.mode == ConvMode::kDirect && a.offsets == nullptr) {
     int32_t* offsets = reinterpret_cast<int32_t*>(scratch);
     fill_offsets(call, offsets, a.threads);
     call.offsets = offsets;

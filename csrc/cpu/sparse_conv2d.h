@@ -15,21 +15,26 @@ enum class ConvMode : int {
   kDirect = 2,  // zero-padded planes, read in place: too few nonzeros per column to repay a copy
 };
 
+struct PlaneStrides {  // floats from one image, plane and row to the next; all 0: none lies between
+  int64_t image, plane, pitch;
+};
+
 // Source planes [batch][channels][phases][height][width], where a tap reads output pixel (y, x)
-// at (y + dy, x + dx) of its phase; what lies outside the plane is zero. In the linear modes width
-// is the common pitch of source and output, the zeros stand in memory, and `origin` is the offset
-// of pixel (0, 0) in its plane.
+// at (y + dy, x + dx) of its phase; what lies outside the plane is zero. In the linear modes the
+// zeros stand in memory, the source's pitch is that of tiles, and `origin` is the offset of pixel
+// (0, 0) in its plane.
 struct ConvProblem {
   int64_t batch, channels, phases, height, width, origin;
   int64_t rows, out_height, out_width;  // output [batch][rows][out_height][out_width]
   int64_t groups, n_taps;
   const int32_t* taps;  // [n_taps][3]: phase, dy, dx; dy = kNoTap for a tap that reads nothing
+  PlaneStrides in, out, residual;  // of the source, the output and what the epilogue adds
 };
 constexpr int32_t kNoTap = 1 << 29;
 
 struct ConvEpilogue {
   const float* bias;      // [rows] or null
-  const float* residual;  // like the output, or null
+  const float* residual;  // of the output's shape, or null
   int activation;         // 0 none, 1 ReLU, 2 ReLU6
 };
 
@@ -71,7 +76,11 @@ struct ConvArguments {  // what a call of Python carries besides tensors
   int vectors;
   bool regions;  // order pixels by tap set: table mode with large dilation
   int threads;
+  const int32_t* offsets;  // direct mode: from sparse_conv2d_offsets, or null: found anew
 };
+
+// Direct mode: where each nonzero finds its input within an image. offsets: [n_nonzeros]
+void sparse_conv2d_offsets(const ConvArguments& a, const SparseList& list, int32_t* offsets);
 
 // Scratch in floats for either pass on this machine's instruction set.
 int64_t sparse_conv2d_scratch(const ConvArguments& a, const SparseList& list, int64_t widest_block);

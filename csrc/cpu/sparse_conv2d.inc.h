@@ -176,7 +176,7 @@ struct Tile {
   int64_t image = 0, start = 0;  // linear modes
   int n_runs = 0;
   uint64_t taps = ~uint64_t{0};
-  CopyTable out;
+  CopyTable out, residual;
   Run runs[P * kLanes];
   static constexpr int32_t kTables = 16;  // of as many taps as are met in turn
   int32_t tap_of_table[kTables];
@@ -187,27 +187,26 @@ struct Tile {
     // Tiles are counted in slots of the call's full width; a last, narrower tile starts at the
     // same.
     const int64_t width = static_cast<int64_t>(c.vectors) * kLanes;
-    const int64_t out_plane = problem.out_height * problem.out_width;
     if (c.mode == ConvMode::kTable) {
       start = tile * width;
       const int64_t left = c.tiling.pixels - start;
       n_runs = make_runs(c, start, left < P * kLanes ? left : P * kLanes, runs);
       taps = taps_of(problem, runs, n_runs);
     } else {
-      const int64_t slots = (problem.out_height - 1) * problem.width + problem.out_width;
+      const int64_t slots = (problem.out_height - 1) * problem.in.pitch + problem.out_width;
       const int64_t tiles = (slots + width - 1) / width;
       image = tile / tiles;
       start = tile % tiles * width;
       n_runs = make_linear_runs(problem, image, start, P * kLanes, runs);
     }
-    const Plane plane = {problem.out_height, problem.out_width, problem.rows * out_plane, 0};
-    make_table(runs, n_runs, P, plane, 0, 0, out);
+    set_output(problem.out, out);
   }
 
-  int64_t plane_size() const { return problem.height * problem.width; }
-  int64_t linear_start() const {
-    return image * problem.channels * problem.phases * plane_size() + problem.origin + start;
+  void set_output(const PlaneStrides& to, CopyTable& table) {
+    const Plane plane = {problem.out_height, problem.out_width, to.image, to.pitch, 0};
+    make_table(runs, n_runs, P, plane, 0, 0, table);
   }
+  int64_t linear_start() const { return image * problem.in.image + problem.origin + start; }
   bool live(const PatternBlock& block) const {
     if (block.n_columns == 0) return false;
     if (problem.n_taps > 64) return true;
@@ -220,18 +219,18 @@ struct Tile {
     if (call.mode == ConvMode::kTable) return;
     int64_t last = 0;
     for (int64_t t = 0; t < problem.n_taps; ++t) {
-      const int64_t at = problem.taps[3 * t + 1] * problem.width + problem.taps[3 * t + 2];
+      const int64_t at = problem.taps[3 * t + 1] * problem.in.pitch + problem.taps[3 * t + 2];
       last = at > last ? at : last;
     }
     const float* x = call.x + linear_start() + last + P * kLanes;
-    for (int64_t c = 0; c < problem.channels * problem.phases; ++c, x += plane_size()) {
+    for (int64_t c = 0; c < problem.channels * problem.phases; ++c, x += problem.in.plane) {
       SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) __builtin_prefetch(x + p * kLanes, 0, 2);
     }
   }
 
   void pack(const PatternBlock& block, int32_t group, float* panel) {
     const int64_t per_group = problem.channels / problem.groups;
-    const int64_t channel_stride = problem.phases * plane_size();
+    const int64_t channel_stride = problem.phases * problem.in.plane;
     const float* first = call.x + group * per_group * channel_stride;
     const int32_t* columns = call.list.columns + block.first_column;
     const bool linear = call.mode != ConvMode::kTable;
@@ -261,11 +260,11 @@ struct Tile {
   static constexpr int32_t kAhead = 14;
 
   int64_t start_of_tap(const int32_t* t) const {
-    return linear_start() + t[0] * plane_size() + t[1] * problem.width + t[2];
+    return linear_start() + t[0] * problem.in.plane + t[1] * problem.in.pitch + t[2];
   }
   void set_tap(const int32_t* t, CopyTable& table) {
-    const Plane plane = {problem.height, problem.width,
-                         problem.channels * problem.phases * plane_size(), t[0] * plane_size()};
+    const Plane plane = {problem.height, problem.width, problem.in.image, problem.in.pitch,
+                         t[0] * problem.in.plane};
     make_table(runs, n_runs, P, plane, t[1], t[2], table);
   }
 };
@@ -283,17 +282,21 @@ void forward_tile(const ConvCall& call, int64_t index, int64_t begin, int64_t en
   Tile<P> tile(call, index);
   const SparseList& list = call.list;
   float* strip = panel + call.panel_size;
-  const int64_t plane = call.problem.out_height * call.problem.out_width;
+  const int64_t plane = call.problem.out.plane, residual_plane = call.problem.residual.plane;
   const int64_t rows = call.problem.rows / call.problem.groups;
+  if (epilogue.residual != nullptr) tile.set_output(call.problem.residual, tile.residual);
   tile.prefetch_next();
   for (int64_t i = begin; i < end; ++i) {
     const PatternPart& part = list.parts[i];
     const int64_t row = part.first_row;
+    const float* residual = epilogue.residual;
     const Finish finish = {&tile.out,
                            y + row * plane,
                            epilogue.bias == nullptr ? nullptr : epilogue.bias + row,
-                           epilogue.residual == nullptr ? nullptr : epilogue.residual + row * plane,
+                           residual == nullptr ? nullptr : residual + row * residual_plane,
+                           &tile.residual,
                            plane,
+                           residual_plane,
                            epilogue.activation};
     int32_t last = -1;
     for (int32_t b = 0; b < part.n_blocks; ++b) {
@@ -373,7 +376,7 @@ void weight_grad_tile(const ConvCall& call, int64_t index, const float* grad_y, 
   Tile<P> tile(call, index);
   const SparseList& list = call.list;
   float* strip = panel + call.panel_size;
-  const int64_t plane = call.problem.out_height * call.problem.out_width;
+  const int64_t plane = call.problem.out.plane;
   tile.prefetch_next();
   for (int64_t i = 0; i < list.n_parts; ++i) {
     const PatternPart& part = list.parts[i];
@@ -413,7 +416,7 @@ inline int width_of_tile(const ConvCall& call, int64_t tile) {
   const int64_t width = static_cast<int64_t>(call.vectors) * kLanes;
   int64_t slots = call.tiling.pixels;
   if (call.mode != ConvMode::kTable) {
-    slots = (call.problem.out_height - 1) * call.problem.width + call.problem.out_width;
+    slots = (call.problem.out_height - 1) * call.problem.in.pitch + call.problem.out_width;
     tile %= (slots + width - 1) / width;
   }
   const int64_t left = (slots - tile * width + kLanes - 1) / kLanes;

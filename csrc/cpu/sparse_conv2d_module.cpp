@@ -41,12 +41,25 @@ List make_list(const std::vector<int64_t>& sizes, const std::vector<uintptr_t>& 
 
 ConvArguments make_arguments(const std::vector<int64_t>& a, uintptr_t taps, int threads) {
   check_count("sparse_conv2d", "geometry", 14, a.size());
-  return {
-      {a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], pointer<int32_t>(taps)},
-      static_cast<ConvMode>(a[11]),
-      static_cast<int>(a[12]),
-      a[13] != 0,
-      threads};
+  return {{a[0],
+           a[1],
+           a[2],
+           a[3],
+           a[4],
+           a[5],
+           a[6],
+           a[7],
+           a[8],
+           a[9],
+           a[10],
+           pointer<int32_t>(taps),
+           {},
+           {},
+           {}},
+          static_cast<ConvMode>(a[11]),
+          static_cast<int>(a[12]),
+          a[13] != 0,
+          threads};
 }
 
 }  // namespace

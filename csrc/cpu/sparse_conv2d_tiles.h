@@ -59,9 +59,9 @@ inline int make_linear_runs(const ConvProblem& p, int64_t image, int64_t start, 
                             Run* runs) {
   int count = 0;
   for (int64_t done = 0; done < n;) {
-    const int64_t y = (start + done) / p.width, x = (start + done) % p.width;
+    const int64_t y = (start + done) / p.in.pitch, x = (start + done) % p.in.pitch;
     if (y >= p.out_height) break;
-    const int64_t step = p.width - x < n - done ? p.width - x : n - done;
+    const int64_t step = p.in.pitch - x < n - done ? p.in.pitch - x : n - done;
     const int64_t length = p.out_width - x < step ? p.out_width - x : step;
     if (length > 0) runs[count++] = {done, length, image, y, x};
     done += step;
@@ -106,7 +106,7 @@ inline void add_run(CopyTable& table, int64_t slot, int64_t length, int64_t offs
 }
 
 struct Plane {  // of one channel, in every image
-  int64_t height, width, image_stride, offset;
+  int64_t height, width, image_stride, pitch, offset;
 };
 
 // The table of all runs shifted by (dy, dx), without what falls outside the plane.
@@ -125,7 +125,7 @@ inline void make_table(const Run* runs, int n_runs, int vectors, const Plane& pl
     }
     if (length > plane.width - x) length = plane.width - x;
     add_run(table, slot, length,
-            runs[r].image * plane.image_stride + plane.offset + y * plane.width + x);
+            runs[r].image * plane.image_stride + plane.offset + y * plane.pitch + x);
   }
   constexpr uint32_t kFull = static_cast<uint32_t>((uint64_t{1} << kLanes) - 1);
   table.start = table.pairs[0].first_offset;
@@ -163,7 +163,8 @@ struct Finish {
   float* y;  // plane of the part's first row; rows are plane_size apart
   const float* bias;
   const float* residual;
-  int64_t plane_size;
+  const CopyTable* residual_table;
+  int64_t plane_size, residual_plane;
   int activation;
 };
 
@@ -192,10 +193,10 @@ template <int P>
 __attribute__((noinline)) void scatter_by_table(const Finish& f, int64_t row, const Vec* sums) {
   const CopyTable& table = *f.table;
   float* y = f.y + row * f.plane_size;
-  const float* residual = f.residual == nullptr ? nullptr : f.residual + row * f.plane_size;
+  const float* residual = f.residual == nullptr ? nullptr : f.residual + row * f.residual_plane;
   const Vec bias = f.bias == nullptr ? zeros() : broadcast(f.bias[row]);
   float rest[P * kLanes];
-  if (residual != nullptr) gather<P>(table, residual, rest);
+  if (residual != nullptr) gather<P>(*f.residual_table, residual, rest);
   SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) {
     const CopyTable::Pair& pair = table.pairs[p];
     Vec v = add(sums[p], bias);
