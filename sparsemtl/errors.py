@@ -14,6 +14,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or does not fit; the message names the file."""
 
 
+class GraphError(ValueError):
+    """An engine's graph contradicts itself; the message names the node or the value."""
+
+
 def unknown_choice(what: str, got: object, choices: Iterable[str]) -> str:
     """«Expected method in [...], got 'x'. Did you mean 'y'?»"""
     names = list(choices)

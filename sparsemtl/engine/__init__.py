@@ -1,0 +1,1 @@
+"""Inference: a finished model in, a faster and smaller one out."""
