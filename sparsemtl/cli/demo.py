@@ -12,6 +12,7 @@ import tyro
 
 from sparsemtl import config as configs
 from sparsemtl.cli.display import live_display
+from sparsemtl.cli.report import write_report
 from sparsemtl.cli.run_folder import RunFolder, read_json
 from sparsemtl.cli.runner import Interrupted, execute, new_run, resume_run
 from sparsemtl.cli.tables import print_summary
@@ -41,13 +42,22 @@ class Demo:
                 )
         if folder.summary.exists() and folder.baseline.summary.exists():
             print(f"{self.out} holds a finished demo; remove it to train again", file=sys.stderr)
-            print_summary(read_json(folder.summary, "a run"), folder)
-            return 0
+            return self._show(folder)
         run = resume_run(folder) if folder.config.exists() else new_run(config, folder)
         try:
-            summary = execute(run, live_display(quiet=False))
+            execute(run, live_display(quiet=False))
         except Interrupted as stopped:
             print(f"{stopped} (or run the demo again)", file=sys.stderr)
             return 130
-        print_summary(summary, folder)
+        return self._show(folder)
+
+    def _show(self, folder: RunFolder) -> int:
+        print_summary(read_json(folder.summary, "a run"), folder)
+        page = folder.root / "report.html"
+        try:
+            write_report(folder, page)
+        except ImportError as error:
+            print(f"no page: {error}", file=sys.stderr)
+        else:
+            print(f"the same as a page: {page}")
         return 0

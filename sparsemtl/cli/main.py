@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from sparsemtl.cli.demo import Demo
     from sparsemtl.cli.evaluate import Evaluate
     from sparsemtl.cli.info import Info
+    from sparsemtl.cli.report import Report
     from sparsemtl.cli.train import Train
 
     data = (
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = (
         Annotated[Train, tyro.conf.subcommand("train")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[data, tyro.conf.subcommand("data", description="Make and check data sets.")]
         | Annotated[Info, tyro.conf.subcommand("info")]
         | Annotated[Demo, tyro.conf.subcommand("demo")]

@@ -13,7 +13,7 @@ import tyro
 
 from sparsemtl import config as configs
 from sparsemtl.cli.display import live_display
-from sparsemtl.cli.run_folder import RunFolder
+from sparsemtl.cli.run_folder import RunFolder, read_json
 from sparsemtl.cli.runner import Interrupted, execute, new_run, resume_run
 from sparsemtl.cli.tables import print_summary
 from sparsemtl.config import RunConfig
@@ -42,7 +42,7 @@ class Train:
     resume: Folder = None
     """Continue this run; every other choice is the run's own."""
     preset: str = "demo"
-    """demo, nyuv2-adapmtl-resnet34 or nyuv2-adapmtl-mobilenetv2."""
+    """demo, nyuv2-adapmtl-resnet34, nyuv2-adapmtl-mobilenetv2, or the config.json of a run."""
     method: Text = None
     """adapmtl or dense."""
     sparsity: Number = None
@@ -137,7 +137,10 @@ class Train:
 
     def config(self) -> RunConfig:
         """The preset with every named choice changed."""
-        config = configs.preset(self.preset)
+        if self.preset.endswith(".json"):
+            config = configs.from_json(read_json(Path(self.preset), "a run folder"))
+        else:
+            config = configs.preset(self.preset)
         if self.method is not None:
             config = configs.with_method(config, self.method)
         config = dataclasses.replace(
