@@ -10,6 +10,7 @@
 #include "check.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
+#include "cpu/roof.h"
 #include "cpu/soft_threshold.h"
 #include "cpu/threshold_adam.h"
 #ifdef SPARSEMTL_CUDA
@@ -101,6 +102,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("waiting_bytes", &cpu::waiting_bytes);
   m.def("mapped_blocks", &cpu::mapped_blocks);
   m.def("release_memory", &cpu::release_memory);
+  m.def("roof_flops", &cpu::roof_flops, py::arg("rounds"));
+  m.def("run_roof", &cpu::run_roof, py::arg("rounds"), py::arg("threads"), Unlocked());
   m.attr("SOFT_THRESHOLD_CHUNK") = cpu::kSoftThresholdChunk;
   m.def("soft_threshold_forward", &soft_threshold_forward, py::arg("dtype"), py::arg("weights"),
         py::arg("sizes"), py::arg("outs"), py::arg("alpha"), py::arg("masks"), py::arg("counts"),

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/roof.h"
 #include "cpu/soft_threshold.h"
 #include "cpu/sparse_conv2d.h"
 #include "cpu/threshold_adam.h"
@@ -18,6 +19,7 @@ struct Kernels {
   SoftThresholdKernels soft_threshold[3];  // by DType
   SparseConvKernels sparse_conv2d;
   ThresholdAdamKernel threshold_adam[3];  // by DType of the values
+  RoofKernel roof;
 };
 
 const Kernels& kernels_generic();

@@ -14,6 +14,8 @@ namespace {
 #include "cpu/sparse_conv2d.inc.h"
 // after soft_threshold, whose shrink it uses
 #include "cpu/threshold_adam.inc.h"
+// after sparse_conv2d, whose multiply_add it uses
+#include "cpu/roof_body.h"
 
 }  // namespace
 
@@ -25,6 +27,7 @@ const Kernels& kernels_avx2() {
        {&soft_threshold_forward<Half>, &soft_threshold_backward<Half>}},
       {kLanes, &sparse_conv2d_forward, &sparse_conv2d_weight_grad, &sparse_conv2d_fill_plane},
       {&threshold_adam<float>, &threshold_adam<Bf16>, &threshold_adam<Half>},
+      {kLanes, &multiply_add_in_registers},
   };
   return kernels;
 }
