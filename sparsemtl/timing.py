@@ -39,13 +39,17 @@ def interleave(
     warmup: int = 3,
     device: torch.device | str = "cpu",
     budget: float | None = None,
+    settle: int = 0,
+    least: int = 1,
 ) -> dict[str, Timing]:
     """Time the calls in turn, round after round.
 
     calls:   name -> what to time, without arguments; its result is dropped inside the time
     rounds:  timed rounds of each   warmup: rounds before them, not counted
     device:  where the work runs; a CUDA device is waited for before and after each call
-    budget:  seconds after which no further round is begun, once each call was timed
+    budget:  seconds after which no further round is begun, once each call was timed `least` times
+    settle:  untimed calls of a candidate before each timed one, so that it meets the caches as its
+             own repetition leaves them and not as the candidate before it does
     returns: name -> Timing, in the order of calls
     raises:  ValueError if there is no call or no round
     """
@@ -55,13 +59,18 @@ def interleave(
         raise ValueError(
             f"interleave: Expected rounds ≥ 1 and warmup ≥ 0, got {rounds} and {warmup}"
         )
+    if settle < 0 or least < 1:
+        raise ValueError(f"interleave: Expected settle ≥ 0 and least ≥ 1, got {settle} and {least}")
     wait = _waiter(torch.device(device))
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
     for turn in range(warmup + rounds):
-        if turn > warmup and budget is not None and time.perf_counter() - begin > budget:
+        spent = time.perf_counter() - begin
+        if turn >= warmup + least and budget is not None and spent > budget:
             break
         for name, call in calls.items():
+            for _ in range(settle):
+                call()
             wait()
             start = time.perf_counter()
             call()

@@ -30,6 +30,19 @@ def test_a_budget_ends_the_rounds_early_but_not_before_one():
     assert interleave({"nap": lambda: time.sleep(0.01)}, 50, 1, budget=0.0)["nap"].rounds == 1
 
 
+def test_a_budget_leaves_the_least_number_of_rounds():
+    found = interleave({"nap": lambda: time.sleep(0.01)}, 50, 0, budget=0.0, least=4)
+    assert found["nap"].rounds == 4
+
+
+def test_a_candidate_settles_before_each_timed_call():
+    order = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    found = interleave(calls, 2, 0, settle=2)
+    assert order == ["a", "a", "a", "b", "b", "b"] * 2
+    assert found["a"].rounds == found["b"].rounds == 2
+
+
 def test_spread_is_the_distance_of_the_quartiles():
     assert Timing(2.0, 1.0, 3.0, 0.5, 4).spread == 1.0
     assert Timing(0.0, 0.0, 0.0, 0.0, 1).spread == 0.0
@@ -40,3 +53,5 @@ def test_bad_arguments_are_named():
         interleave({})
     with pytest.raises(ValueError, match="rounds ≥ 1 and warmup ≥ 0, got 0 and 3"):
         interleave({"a": lambda: None}, 0)
+    with pytest.raises(ValueError, match="settle ≥ 0 and least ≥ 1, got -1 and 1"):
+        interleave({"a": lambda: None}, 1, settle=-1)

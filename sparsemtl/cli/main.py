@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError:
         print("the command line needs tyro: pip install tyro rich", file=sys.stderr)
         return 2
+    from sparsemtl.cli.bench import BenchAdam, BenchConv, BenchThreshold
     from sparsemtl.cli.data import CheckData, WriteScenes
     from sparsemtl.cli.demo import Demo
     from sparsemtl.cli.evaluate import Evaluate
@@ -40,11 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Annotated[WriteScenes, tyro.conf.subcommand("scenes")]
         | Annotated[CheckData, tyro.conf.subcommand("check")]
     )
+    bench = (
+        Annotated[BenchConv, tyro.conf.subcommand("conv")]
+        | Annotated[BenchThreshold, tyro.conf.subcommand("threshold")]
+        | Annotated[BenchAdam, tyro.conf.subcommand("adam")]
+    )
     verbs = (
         Annotated[Train, tyro.conf.subcommand("train")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[data, tyro.conf.subcommand("data", description="Make and check data sets.")]
+        | Annotated[bench, tyro.conf.subcommand("bench", description="Time ops, steps, models.")]
         | Annotated[Info, tyro.conf.subcommand("info")]
         | Annotated[Demo, tyro.conf.subcommand("demo")]
     )
