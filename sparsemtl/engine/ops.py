@@ -27,7 +27,7 @@ ACTIVATIONS = ("", "relu", "relu6")
 RESIZE_MODES = ("nearest", "bilinear")
 MANY = 1 << 16  # more inputs than any node has
 LARGEST = 1 << 31  # no size, stride or index is as large
-MOST_ELEMENTS = 1 << 42  # nor a value
+MOST_BYTES = 1 << 42  # and no value has as many bytes
 
 
 @dataclass(frozen=True)
