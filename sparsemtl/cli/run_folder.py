@@ -27,6 +27,7 @@ from sparsemtl import config as configs
 from sparsemtl.config import RunConfig
 from sparsemtl.data import ScenesConfig, build_dataset
 from sparsemtl.errors import CheckpointError
+from sparsemtl.methods.single_task import SingleTaskNetworks, split_by_task
 from sparsemtl.models.config import ModelConfig, build_model
 from sparsemtl.tasks import Task, make_task
 from sparsemtl.training.checkpoint import atomic_write, check_same_model, write_json
@@ -140,7 +141,13 @@ def save_model(
     plain = configs.to_json(config)
     write_json(
         folder.model_config,
-        {"format": 1, "model": plain["model"], "heads": heads, "data": plain["data"]},
+        {
+            "format": 1,
+            "model": plain["model"],
+            "heads": heads,
+            "data": plain["data"],
+            "per_task": isinstance(model, SingleTaskNetworks),  # a whole network for each task
+        },
     )
 
 
@@ -157,7 +164,9 @@ def load_model(folder: RunFolder) -> nn.Module:
     saved = read_json(folder.model_config, "a model folder")
     try:
         config = configs.rebuild(ModelConfig, saved["model"], "model")
-        model = build_model(config, saved["heads"])
+        model: nn.Module = build_model(config, saved["heads"])
+        if saved.get("per_task"):
+            model = split_by_task(model, list(saved["heads"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder.model_config} describes no model: {error!r}") from error
     try:

@@ -23,7 +23,7 @@ from sparsemtl.models.component import find_components
 from sparsemtl.models.config import build_model
 from sparsemtl.sparsity.stats import sparsity_report
 from sparsemtl.tasks.delta import delta
-from sparsemtl.training import runtime
+from sparsemtl.training import distributed, runtime
 from sparsemtl.training.callbacks import Checkpointer, Evaluator, MetricsLog, StopOnSignal, every
 from sparsemtl.training.checkpoint import checkpoints, load_checkpoint, write_json
 from sparsemtl.training.evaluate import Metrics, evaluate, evaluate_constant
@@ -84,7 +84,10 @@ def new_run(config: RunConfig, folder: RunFolder) -> Run:
     run = _build(config, folder)
     folder.check_free()
     _probe(run)
-    folder.create(config)
+    distributed.barrier()  # all have looked before the first one writes
+    if distributed.is_main():
+        folder.create(config)
+    distributed.barrier()
     return run
 
 
@@ -126,8 +129,10 @@ def resume_run(folder: RunFolder) -> Run:
     return run
 
 
-def execute(run: Run, show: DisplayFactory) -> dict[str, Any]:
+def execute(run: Run, show: DisplayFactory, *, pictures: bool = True) -> dict[str, Any]:
     """Train what is left, write the model and the summary; returns the summary.
+
+    pictures: draw them too, where matplotlib is installed
 
     raises: Interrupted after Ctrl-C or SIGTERM, with everything saved.
     """
@@ -135,7 +140,8 @@ def execute(run: Run, show: DisplayFactory) -> dict[str, Any]:
         _train(run, show)
         summary = _finish(run)
         summary = _compare(run, summary, show)
-        draw(run.folder, run.config, summary)
+        if pictures:
+            draw(run.folder, run.config, summary)
     except KeyboardInterrupt as stopped:
         what = stopped.what if isinstance(stopped, Interrupted) else "stopped after training"
         raise Interrupted(what, run) from None
@@ -235,7 +241,7 @@ def _compare(run: Run, summary: dict[str, Any], show: DisplayFactory) -> dict[st
                 if twin.config.exists()
                 else new_run(configs.dense_twin(config), twin)
             )
-            reference = execute(twin_run, show)
+            reference = execute(twin_run, show, pictures=distributed.is_main())
         name = "baseline (dense twin)"
     else:
         name = config.baseline

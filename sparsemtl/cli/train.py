@@ -19,7 +19,9 @@ from sparsemtl.cli.tables import print_summary
 from sparsemtl.config import RunConfig
 from sparsemtl.data import dataset_config
 from sparsemtl.errors import unknown_choice
-from sparsemtl.methods import AdapMTLConfig
+from sparsemtl.methods import method_name
+from sparsemtl.training import distributed
+from sparsemtl.training.balance import BalanceConfig
 from sparsemtl.training.weighting import WeightingConfig
 
 Text = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
@@ -44,9 +46,12 @@ class Train:
     preset: str = "demo"
     """demo, nyuv2-adapmtl-resnet34, nyuv2-adapmtl-mobilenetv2, or the config.json of a run."""
     method: Text = None
-    """adapmtl or dense."""
+    """dense, single-task, magnitude, imp, lth, snip, grasp, str, disparse-static, disparse-pt,
+    disparse-dynamic, rigl or adapmtl."""
     sparsity: Number = None
     """Fraction of zeros over all components, in [0, 1); met exactly."""
+    structure: Text = None
+    """What lives or dies together: element, vector(V), block(BO,BI), channel or N:M."""
     steps: Whole = None
     """Optimizer steps."""
     seed: Whole = None
@@ -71,7 +76,13 @@ class Train:
     clip_norm: Number = None
     """Clip the global gradient norm."""
     weighting: Text = None
-    """adaptive (Eq. 6), adaptive-released or fixed."""
+    """adaptive (Eq. 6), adaptive-released, fixed, or by torchjd dwa, uncertainty, imtl-l,
+    geometric-mean, random."""
+    balance: Text = None
+    """Combine the tasks' gradients by pcgrad, upgrad, mgda, cagrad, imtl-g, aligned-mtl, config,
+    dualproj, graddrop, fairgrad or random (torchjd)."""
+    mining: Number = None
+    """Learn from this share of each batch, its hardest samples by summed loss (paper: 0.7)."""
     grouping: Text = None
     """Who shares a threshold: component, one, two or layer (STR)."""
     control: Text = None
@@ -101,6 +112,8 @@ class Train:
     """Steps between evaluations on the validation split."""
     quiet: bool = False
     """No progress display."""
+    plots: bool = True
+    """Draw curves, allocation and predictions at the end."""
 
     def run(self) -> int:
         if (self.out is None) == (self.resume is None):
@@ -114,16 +127,19 @@ class Train:
         else:
             assert self.out is not None
             run = new_run(self.config(), RunFolder(self.out))
+        main = distributed.is_main()
         try:
-            summary = execute(run, live_display(self.quiet))
+            display = live_display(self.quiet or not main)
+            summary = execute(run, display, pictures=self.plots and main)
         except Interrupted as stopped:
             print(stopped, file=sys.stderr)
             return 130
-        print_summary(summary, run.folder)
+        if main:
+            print_summary(summary, run.folder)
         return 0
 
     def _check_only_resume(self) -> None:
-        allowed = ("resume", "quiet")
+        allowed = ("resume", "quiet", "plots")
         changed = [
             f.name
             for f in dataclasses.fields(self)
@@ -183,20 +199,21 @@ class Train:
         method = config.method
         asked = _given(
             sparsity=self.sparsity,
+            structure=self.structure,
             grouping=self.grouping,
             split=self.split,
             theta_init=self.theta_init,
             control=self.control,
         )
-        if not isinstance(method, AdapMTLConfig):
-            if asked:
-                flags = ", ".join("--" + name.replace("_", "-") for name in asked)
-                raise ValueError(f"Expected --method adapmtl with {flags}, got dense")
-            return method
+        has = {f.name for f in dataclasses.fields(method)}
+        has |= {"control"} if "controller" in has else set()
+        if lacking := [name for name in asked if name not in has]:
+            flags = ", ".join("--" + name.replace("_", "-") for name in lacking)
+            raise ValueError(f"Expected a method that has {flags}, got {method_name(method)}")
         control = asked.pop("control", None)
-        return dataclasses.replace(
-            method, controller=_changed(method.controller, control=control), **asked
-        )
+        if control is not None:
+            asked["controller"] = dataclasses.replace(method.controller, control=control)  # type: ignore[union-attr]  # it has one
+        return dataclasses.replace(method, **asked)
 
     def _train(self, config: RunConfig) -> Any:
         train = config.train
@@ -213,10 +230,12 @@ class Train:
                 steps=self.steps,
                 seed=self.seed,
                 batch_size=self.batch_size,
+                mining=self.mining,
                 checkpoint_every=self.checkpoint_every,
                 evaluate_every=self.evaluate_every,
             ),
             loss_weights=weights,
+            balance=train.balance if self.balance is None else BalanceConfig(self.balance),
             optim=optim,
             weighting=weighting,
             runtime=_changed(

@@ -7,15 +7,55 @@ from typing import Any
 
 from sparsemtl.errors import unknown_choice
 from sparsemtl.methods.adapmtl import AdapMTL, AdapMTLConfig
-from sparsemtl.methods.base import Method, StepState
+from sparsemtl.methods.base import Method, OwnLoop, StepState
 from sparsemtl.methods.dense import Dense, DenseConfig
+from sparsemtl.methods.disparse import (
+    DiSparsePT,
+    DiSparsePTConfig,
+    DiSparseStatic,
+    DiSparseStaticConfig,
+)
+from sparsemtl.methods.disparse_dynamic import DiSparseDynamic, DiSparseDynamicConfig
+from sparsemtl.methods.grasp import GraSP, GraSPConfig
+from sparsemtl.methods.imp import IMP, IMPConfig
+from sparsemtl.methods.lth import LTH, LTHConfig
+from sparsemtl.methods.magnitude import Magnitude, MagnitudeConfig
+from sparsemtl.methods.rigl import RigL, RigLConfig
+from sparsemtl.methods.single_task import SingleTask, SingleTaskConfig
+from sparsemtl.methods.snip import SNIP, SNIPConfig
+from sparsemtl.methods.str_ import STR, STRConfig
 
 METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "dense": (DenseConfig, Dense),
+    "single-task": (SingleTaskConfig, SingleTask),
+    "magnitude": (MagnitudeConfig, Magnitude),
+    "imp": (IMPConfig, IMP),
+    "lth": (LTHConfig, LTH),
+    "snip": (SNIPConfig, SNIP),
+    "grasp": (GraSPConfig, GraSP),
+    "str": (STRConfig, STR),
+    "disparse-static": (DiSparseStaticConfig, DiSparseStatic),
+    "disparse-pt": (DiSparsePTConfig, DiSparsePT),
+    "disparse-dynamic": (DiSparseDynamicConfig, DiSparseDynamic),
+    "rigl": (RigLConfig, RigL),
     "adapmtl": (AdapMTLConfig, AdapMTL),
 }
 
-MethodConfig = DenseConfig | AdapMTLConfig
+MethodConfig = (
+    DenseConfig
+    | SingleTaskConfig
+    | MagnitudeConfig
+    | IMPConfig
+    | LTHConfig
+    | SNIPConfig
+    | GraSPConfig
+    | STRConfig
+    | DiSparseStaticConfig
+    | DiSparsePTConfig
+    | DiSparseDynamicConfig
+    | RigLConfig
+    | AdapMTLConfig
+)
 
 
 def method_config_type(name: str) -> type[Any]:
@@ -45,8 +85,20 @@ __all__ = [
     "AdapMTLConfig",
     "Dense",
     "DenseConfig",
+    "DiSparseDynamicConfig",
+    "DiSparsePTConfig",
+    "DiSparseStaticConfig",
+    "GraSPConfig",
+    "IMPConfig",
+    "LTHConfig",
+    "MagnitudeConfig",
     "Method",
     "MethodConfig",
+    "OwnLoop",
+    "RigLConfig",
+    "SNIPConfig",
+    "STRConfig",
+    "SingleTaskConfig",
     "StepState",
     "build_method",
     "method_config_type",

@@ -42,7 +42,7 @@ class Slot:
     @property
     def sparse_kernels(self) -> bool:
         """Whether this layer may run sparse now: asked for, and some weight may be dead."""
-        return self.sparsity.sparse_kernels and (
+        return (self.sparsity.sparse_kernels and not self.sparsity.open) and (
             self.sparsity.frozen or self.sparsity.theta.detach()[self.group].item() > IDLE_THETA
         )
 
@@ -75,6 +75,7 @@ class Sparsity(nn.Module):
 
     theta: nn.Parameter
     sparse_kernels = False  # layers compute with sparse kernels where measured faster
+    open = False  # layers compute with W as it is: dense phases, gradients of pruned weights
 
     def __init__(
         self, components: Mapping[str, Component], groups: Mapping[str, Component], theta: float
@@ -105,6 +106,8 @@ class Sparsity(nn.Module):
         return list(self.groups)
 
     def effective_weight(self, group: int, place: int, weight: Tensor) -> Tensor:
+        if self.open:
+            return weight
         if self._values is not None:
             return self._values[group][place]
         if self.masks is not None:
@@ -120,7 +123,7 @@ class Sparsity(nn.Module):
 
     def compute_values(self) -> None:
         """Threshold every group whose values are not ready, and keep all until `drop_values`."""
-        if self.frozen:
+        if self.frozen or self.open:
             return
         alpha = torch.sigmoid(self.theta)
         self._values = [self._group_values(g, alpha[g]) for g in range(len(self.groups))]
@@ -151,6 +154,22 @@ class Sparsity(nn.Module):
         self.ready.clear()
         self.theta.requires_grad_(False)
         self.theta.grad = None
+
+    def fix_masks(self, masks: list[list[Tensor]], *, keep_dormant: bool = False) -> None:
+        """Prune by these masks from now on; masks that were fixed before may be replaced.
+
+        masks:        per group, per layer, bool, shaped like the weight
+        keep_dormant: leave what pruned weights hold in W, where a later mask finds it again;
+                      else they become 0
+        """
+        if keep_dormant:
+            self._check_masks(masks)
+            self.masks = masks
+            self.ready.clear()
+            self.theta.requires_grad_(False)
+        else:
+            self.freeze(masks, torch.zeros_like(self.theta))
+        self.open = False
 
     def _check_masks(self, masks: list[list[Tensor]]) -> None:
         found = [[tuple(m.shape) for m in group] for group in masks]

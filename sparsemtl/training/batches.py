@@ -20,20 +20,33 @@ Place = tuple[int, int]  # (index, epoch)
 
 
 class BatchStream(Sampler[list[Place]]):
-    """Batches number `start`, `start + 1`, … up to `stop`, each a list of (index, epoch)."""
+    """Batches number `start`, `start + 1`, … up to `stop`, each a list of (index, epoch).
 
-    def __init__(self, size: int, batch_size: int, seed: int, start: int, stop: int) -> None:
+    part: (number, count) of the process: each takes one of `count` equal runs of every batch
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
         if size < 1:
             raise ValueError(f"BatchStream: Expected at least one training sample, got {size}")
         if batch_size < 1:
             raise ValueError(f"BatchStream: Expected batch_size >= 1, got {batch_size}")
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.start, self.stop = start, stop
+        self.own = batch_size // part[1]
+        self.offset = self.own * part[0]
 
     def __iter__(self) -> Iterator[list[Place]]:
         for batch in range(self.start, self.stop):
-            first = batch * self.batch_size
-            yield [self._place(p) for p in range(first, first + self.batch_size)]
+            first = batch * self.batch_size + self.offset
+            yield [self._place(p) for p in range(first, first + self.own)]
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -62,17 +75,32 @@ class _Placed(Dataset[Any]):
 
 
 def training_batches(
-    dataset: Any, batch_size: int, seed: int, start: int, stop: int, workers: int = 0
+    dataset: Any,
+    batch_size: int,
+    seed: int,
+    start: int,
+    stop: int,
+    workers: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Any]:
-    """Collated batches from number `start` on.   workers: loader processes, 0 for none"""
-    stream = BatchStream(len(dataset), batch_size, seed, start, stop)
+    """Collated batches from number `start` on.
+
+    workers: loader processes, 0 for none   part: (number, count) of the process
+    """
+    stream = BatchStream(len(dataset), batch_size, seed, start, stop, part)
     return _batches(_Placed(dataset), stream, workers)
 
 
-def evaluation_batches(dataset: Any, batch_size: int, workers: int = 0) -> Iterator[Any]:
-    """Every sample once, in order, unaugmented; the last batch may be smaller."""
+def evaluation_batches(
+    dataset: Any, batch_size: int, workers: int = 0, part: tuple[int, int] = (0, 1)
+) -> Iterator[Any]:
+    """Every sample once, in order, unaugmented; the last batch may be smaller.
+
+    part: (number, count) of the process: batch i goes to process i modulo count
+    """
     places = [(i, 0) for i in range(len(dataset))]
     batches = [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
+    batches = batches[part[0] :: part[1]]
     return _batches(_Placed(dataset), batches, workers)
 
 

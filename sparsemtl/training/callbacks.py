@@ -15,6 +15,7 @@ import torch
 from sparsemtl.errors import CheckpointError, DivergedError
 from sparsemtl.sparsity.sparsify import Sparsity
 from sparsemtl.sparsity.stats import count_dead, overall_sparsity
+from sparsemtl.training import distributed
 from sparsemtl.training.checkpoint import atomic_write, save_checkpoint
 from sparsemtl.training.evaluate import evaluate
 from sparsemtl.training.loop import Callback
@@ -60,6 +61,8 @@ class MetricsLog:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one line.   raises: CheckpointError if the disk refuses it."""
+        if not distributed.is_main():
+            return
         try:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +74,7 @@ class MetricsLog:
 
     def cut_after(self, step: int) -> None:
         """Forget what a resumed run will write again, a torn last line included."""
-        if not self.path.exists():
+        if not (distributed.is_main() and self.path.exists()):
             return
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
@@ -170,5 +173,6 @@ class StopOnSignal:
         self.received = signal.Signals(number).name
 
     def __call__(self, state: TrainState) -> None:
-        if self.received is not None:
+        if distributed.any_rank(self.received is not None):  # all stop after the same step
+            self.received = self.received or "another process"
             state.stop_requested = True

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 
 from sparsemtl.errors import CheckpointError
+from sparsemtl.training import distributed
 
 FORMAT = 1
 # What zipfile and torch.load raise on damaged files, beside pickle's own error.
@@ -30,8 +31,11 @@ _NAME = re.compile(r"step_(\d{8})\.pt")
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that it is either the old one or complete, whatever happens meanwhile.
 
+    Of several processes the first writes.
     raises: CheckpointError naming the file and the cause (a full disk, say); the old file stays.
     """
+    if not distributed.is_main():
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,8 +61,9 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
     """Write `folder/step_XXXXXXXX.pt`, then delete all but the newest `keep`."""
     path = folder / f"step_{step:08d}.pt"
     atomic_write(path, lambda file: torch.save({"format": FORMAT, **state}, file))
-    for old in checkpoints(folder)[:-keep]:
-        old.unlink(missing_ok=True)
+    if distributed.is_main():
+        for old in checkpoints(folder)[:-keep]:
+            old.unlink(missing_ok=True)
     return path
 
 

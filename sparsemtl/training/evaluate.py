@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsemtl.training import distributed
 from sparsemtl.training.batches import evaluation_batches
 from sparsemtl.training.state import check_outputs, to_device
 
@@ -88,8 +89,10 @@ def _measure(
     batch_size: int,
     workers: int,
 ) -> Metrics:
+    """Each process measures its part; torchmetrics joins the sums, so all get all of it."""
     metrics = {name: task.metrics().to(device) for name, task in tasks.items()}
-    for batch in evaluation_batches(dataset, batch_size, workers):
+    part = (distributed.rank(), distributed.size())
+    for batch in evaluation_batches(dataset, batch_size, workers, part):
         batch = to_device(batch, device)
         outputs = predict(batch)
         check_outputs(outputs, list(tasks))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from sparsemtl.errors import DivergedError
+from sparsemtl.training import distributed
 from sparsemtl.training.state import Stopwatch, TrainState
 
 Callback = Callable[[TrainState], None]
@@ -19,18 +21,20 @@ def train(state: TrainState, callbacks: Sequence[Callback] = ()) -> None:
     raises: DivergedError as soon as a loss or the gradient norm is NaN or inf. No step is taken.
     """
     state.model.train()
+    if state.step == 0:
+        state.method.on_start(state)
     watch = Stopwatch()
     for batch in state.batches():
+        state.batch = batch
+        state.method.on_forward(state)
         losses = state.forward(batch)
-        state.losses = {task: value.item() for task, value in losses.items()}
+        state.losses = mean_losses(losses)
         stop_unless_finite(state, state.losses)
-        state.factors = state.weighting(state.losses)
-        total = torch.stack(
-            [losses[t] * (state.factors[t] * state.loss_weight(t)) for t in losses]
-        ).sum()
-        state.total = total.item()
         state.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        state.factors = state.weighting(state.losses)
+        scales = {t: state.factors[t] * state.loss_weight(t) for t in losses}
+        state.total = sum(state.losses[t] * scales[t] for t in losses)
+        backward(state, {t: losses[t] * scales[t] for t in losses})
         state.method.on_backward(state)
         clip_gradients(state)
         state.optimizer.step()
@@ -43,6 +47,29 @@ def train(state: TrainState, callbacks: Sequence[Callback] = ()) -> None:
         watch.lap()  # callbacks are not training
         if state.stop_requested:
             return
+
+
+def mean_losses(losses: Mapping[str, Tensor]) -> dict[str, float]:
+    """The tasks' losses as numbers, averaged over the processes."""
+    values = torch.stack([value.detach().double() for value in losses.values()])
+    distributed.average([values])
+    return dict(zip(losses, values.tolist(), strict=True))
+
+
+def backward(state: TrainState, losses: Mapping[str, Tensor]) -> None:
+    """Fill the gradients from the weighted losses, then average them over the processes.
+
+    Running statistics are averaged along: every process holds the same model after every step.
+    """
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    if state.balance is None:
+        torch.stack(list(losses.values())).sum().backward()
+    else:
+        learning = [p for p in parameters if p.requires_grad]
+        state.balance.backward(losses, learning, state.step)
+    if distributed.size() > 1:
+        distributed.average([p.grad for p in parameters if p.grad is not None])
+        distributed.average([b for b in state.model.buffers() if b.is_floating_point()])
 
 
 def clip_gradients(state: TrainState) -> None:

@@ -74,14 +74,20 @@ def build_optimizer(
     )
 
 
-def build_schedule(config: OptimConfig, optimizer: Optimizer, steps: int) -> LambdaLR:
-    """Stepped once per optimizer step."""
-    return LambdaLR(optimizer, _factor(config, steps))
+def build_schedule(
+    config: OptimConfig,
+    optimizer: Optimizer,
+    steps: int,
+    clock: Callable[[int], float] = float,
+) -> LambdaLR:
+    """Stepped once per optimizer step.   clock: step → where in the schedule that is"""
+    factor = _factor(config, steps)
+    return LambdaLR(optimizer, lambda step: factor(clock(step)))
 
 
-def _factor(config: OptimConfig, steps: int) -> Callable[[int], float]:
+def _factor(config: OptimConfig, steps: int) -> Callable[[float], float]:
     every = config.lr_every if config.lr_every is not None else max(1, steps // 5)
-    factors: dict[str, Callable[[int], float]] = {
+    factors: dict[str, Callable[[float], float]] = {
         "step": lambda step: config.lr_factor ** (step // every),
         "cosine": lambda step: 0.5 * (1.0 + math.cos(math.pi * min(step, steps) / steps)),
         "constant": lambda step: 1.0,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from sparsemtl.training import distributed
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -36,9 +39,12 @@ def start(config: RuntimeConfig, seed: int) -> torch.device:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(seed)
+    distributed.join()
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.size() > 1:
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -49,6 +55,16 @@ def start(config: RuntimeConfig, seed: int) -> torch.device:
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
     return device
+
+
+def part_streams(seed: int) -> None:
+    """Give each process a random stream of its own; the first keeps the one it has.
+
+    Called when the model is built, so that initial weights are equal and dropout is not.
+    """
+    if distributed.rank() > 0:
+        own = np.random.SeedSequence([seed, distributed.rank()]).generate_state(1, np.uint64)
+        torch.manual_seed(int(own[0] >> np.uint64(1)))
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[None]:

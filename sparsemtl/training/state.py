@@ -19,12 +19,14 @@ from sparsemtl.models.component import Component, find_components
 from sparsemtl.sparsity.choice import CHOICES
 from sparsemtl.sparsity.mask import check_sparsity
 from sparsemtl.sparsity.sparsify import Sparsity
-from sparsemtl.training import runtime
+from sparsemtl.training import distributed, runtime
+from sparsemtl.training.balance import Balance, BalanceConfig
 from sparsemtl.training.batches import training_batches
 from sparsemtl.training.checkpoint import check_same_model
+from sparsemtl.training.mining import hardest
 from sparsemtl.training.optim import OptimConfig, build_optimizer, build_schedule
 from sparsemtl.training.runtime import RuntimeConfig
-from sparsemtl.training.weighting import Fixed, WeightingConfig, build_weighting
+from sparsemtl.training.weighting import Weighting, WeightingConfig, build_weighting
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class TrainConfig:
     seed: int = 0
     loss_weights: Mapping[str, float] = field(default_factory=dict)  # λ per task; 1 if not named
     weighting: WeightingConfig | None = None  # None: the method's own
+    balance: BalanceConfig | None = None  # combine the tasks' gradients by a rule, not a sum
+    mining: float = 1.0  # learn from this share of a batch, its hardest samples; 1: from all
     optim: OptimConfig = field(default_factory=OptimConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     checkpoint_every: int | None = None  # steps; None: a tenth of the schedule, at most 1 000
@@ -52,6 +56,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"TrainConfig: Expected {name} >= 1 or None, got {value}")
+        if not 0.0 < self.mining <= 1.0:
+            raise ValueError(f"TrainConfig: Expected mining in (0, 1], got {self.mining}")
         for task, weight in self.loss_weights.items():
             if not weight >= 0.0:
                 raise ValueError(f"TrainConfig: Expected loss_weights[{task!r}] >= 0, got {weight}")
@@ -68,9 +74,11 @@ class TrainState:
     method: Method
     optimizer: Optimizer
     schedule: LambdaLR
-    weighting: Fixed
+    weighting: Weighting
     components: Mapping[str, Component]
     device: torch.device
+    balance: Balance | None = None
+    batch: Any = None  # of the step under way
     step: int = 0  # finished steps
     seconds: float = 0.0  # of training, over all sessions
     losses: dict[str, float] = field(default_factory=dict)  # of the last step, per task
@@ -102,14 +110,27 @@ class TrainState:
             raise ValueError(
                 f"TrainState: Expected loss_weights for {list(tasks)}, got unknown tasks {unknown}"
             )
+        _check_batch(config)
         device = next(model.parameters()).device
+        model = method.adapt(model, list(tasks))
         found = find_components(model, components)
         method.prepare(model, config.steps)
         sparsity = getattr(model, "sparsity", None)
         if isinstance(sparsity, Sparsity):
             sparsity.sparse_kernels = config.runtime.sparse_kernels
-        optimizer = build_optimizer(config.optim, method.parameter_groups(model), sparsity)
-        weighting = config.weighting or WeightingConfig(method.default_weighting)
+        weighting = build_weighting(
+            config.weighting or WeightingConfig(method.default_weighting),
+            list(tasks),
+            config.steps,
+            backbone_to_heads(found),
+            config.loss_weights,
+            epoch=-(-len(dataset) // config.batch_size),
+        )
+        groups = method.parameter_groups(model)
+        if learned := weighting.parameters():
+            groups.append({"params": learned, "weight_decay": 0.0})
+        optimizer = build_optimizer(config.optim, groups, sparsity)
+        runtime.part_streams(config.seed)
         return cls(
             config=config,
             model=model,
@@ -117,12 +138,11 @@ class TrainState:
             dataset=dataset,
             method=method,
             optimizer=optimizer,
-            schedule=build_schedule(config.optim, optimizer, config.steps),
-            weighting=build_weighting(
-                weighting, list(tasks), config.steps, backbone_to_heads(found)
-            ),
+            schedule=build_schedule(config.optim, optimizer, config.steps, method.schedule_step),
+            weighting=weighting,
             components=found,
             device=device,
+            balance=Balance(config.balance, config.seed) if config.balance else None,
         )
 
     @property
@@ -133,23 +153,42 @@ class TrainState:
     def finished(self) -> bool:
         return self.step >= self.config.steps
 
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
     def loss_weight(self, task: str) -> float:
         return float(self.config.loss_weights.get(task, 1.0))
 
     def batches(self, workers: int | None = None) -> Iterator[Any]:
-        """The batches from the present step to the last.   workers: other than the run's own"""
+        """This process's part of the batches from the present step to the last.
+
+        workers: other than the run's own
+        """
+        return self._batches(self.step, self.config.steps, workers)
+
+    def scoring_batches(self, count: int) -> Iterator[Any]:
+        """This process's part of the first `count` batches of the run."""
+        return self._batches(0, count, 0)
+
+    def _batches(self, start: int, stop: int, workers: int | None) -> Iterator[Any]:
         config = self.config
         return training_batches(
             self.dataset,
             config.batch_size,
             config.seed,
-            self.step,
-            config.steps,
+            start,
+            stop,
             config.runtime.workers if workers is None else workers,
+            part=(distributed.rank(), distributed.size()),
         )
 
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its mean over the processes."""
+        distributed.average(tensors)
+
     def forward(self, batch: Any) -> dict[str, Tensor]:
-        """Per-task losses of one batch, scalars with gradient.
+        """Per-task losses of one batch, scalars with gradient: of its hardest samples if mining.
 
         raises: TypeError or ValueError if the model does not return one tensor per task.
         """
@@ -157,10 +196,22 @@ class TrainState:
         with runtime.autocast(self.device, self.config.runtime.precision):
             outputs = self.model(batch.image)
         check_outputs(outputs, list(self.tasks))
+        if self.config.mining < 1.0:
+            each = {
+                name: self._sample_losses(name, outputs[name].float(), batch) for name in self.tasks
+            }
+            weights = {name: self.loss_weight(name) for name in self.tasks}
+            return hardest(each, self.config.mining, weights)
         return {
             name: task.loss(outputs[name].float(), batch.targets[name], batch.valid[name])
             for name, task in self.tasks.items()
         }
+
+    def _sample_losses(self, name: str, output: Tensor, batch: Any) -> Tensor:
+        """[B]: one task's loss of each sample; 0 for a sample without a valid pixel."""
+        task, target, valid = self.tasks[name], batch.targets[name], batch.valid[name]
+        places = [slice(i, i + 1) for i in range(len(output))]
+        return torch.stack([task.loss(output[i], target[i], valid[i]) for i in places])
 
     def resume_state(self) -> dict[str, Any]:
         """Everything a bit-exact continuation needs, as tensors and plain values."""
@@ -175,7 +226,7 @@ class TrainState:
             "schedule": {"last_epoch": self.schedule.last_epoch},
             "weighting": self.weighting.state_dict(),
             "choices": CHOICES.state_dict(),
-            "rng": runtime.rng_state(),
+            "ranks": distributed.gather(runtime.rng_state()),
         }
 
     def load_resume_state(self, state: Mapping[str, Any], path: Path) -> None:
@@ -191,6 +242,11 @@ class TrainState:
                 f"{path}: Expected the {state['samples']} training samples that the run began "
                 f"with, got {len(self.dataset)}: the data set has changed"
             )
+        if len(state["ranks"]) != distributed.size():
+            raise CheckpointError(
+                f"{path}: Expected the {len(state['ranks'])} processes that the run began with, "
+                f"got {distributed.size()}: a step's statistics depend on their number"
+            )
         try:
             self.method.load_state_dict(state["method"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -203,12 +259,12 @@ class TrainState:
         CHOICES.load_state_dict(state["choices"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.last_checkpoint = path
-        runtime.set_rng_state(state["rng"])
+        runtime.set_rng_state(state["ranks"][distributed.rank()])
 
 
 REQUIRED = (  # of a checkpoint that `load_resume_state` takes
     *("step", "samples", "seconds", "model", "method_name", "method", "optimizer", "schedule"),
-    *("weighting", "choices", "rng"),
+    *("weighting", "choices", "ranks"),
 )
 
 
@@ -222,6 +278,14 @@ class Stopwatch:
         now = time.perf_counter()
         elapsed, self.last = now - self.last, now
         return elapsed
+
+
+def _check_batch(config: TrainConfig) -> None:
+    if config.batch_size % distributed.size():
+        raise ValueError(
+            f"TrainState: Expected batch_size to be a multiple of the {distributed.size()} "
+            f"processes, got {config.batch_size}"
+        )
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

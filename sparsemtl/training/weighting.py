@@ -13,22 +13,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from sparsemtl.errors import unknown_choice
+from sparsemtl.training.scalarized import SCALARIZERS, Scalarized
 
 
 @dataclass(frozen=True)
 class WeightingConfig:
     """How the tasks are balanced. Step counts of None scale with the schedule, as in the paper."""
 
-    name: str = "adaptive"  # adaptive (Eq. 6), adaptive-released, fixed (λ only)
+    name: str = "adaptive"  # adaptive (Eq. 6), adaptive-released, fixed (λ), or of SCALARIZERS
     scale: float = 5.0  # λ of Eq. 6
     window: int | None = None  # losses in the sliding window; paper 400 of 20 000 steps
     warmup: int | None = None  # steps with all factors 1; paper 5 000 of 20 000
     most: float = 10.0  # no factor exceeds this many times its neutral value
 
     def __post_init__(self) -> None:
-        if self.name not in WEIGHTINGS:
-            raise ValueError(unknown_choice("weighting", self.name, WEIGHTINGS))
+        known = (*WEIGHTINGS, *SCALARIZERS)
+        if self.name not in known:
+            raise ValueError(unknown_choice("weighting", self.name, known))
         for field, least in (("window", 2), ("warmup", 0)):
             value = getattr(self, field)
             if value is not None and value < least:
@@ -48,6 +52,10 @@ class Fixed:
         self, config: WeightingConfig, tasks: Sequence[str], steps: int, ratio: float
     ) -> None:
         self.tasks = tuple(tasks)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the weighting learns."""
+        return []
 
     def __call__(self, losses: Mapping[str, float]) -> dict[str, float]:
         """The factors for this step.   losses: the tasks' losses, finite"""
@@ -136,6 +144,8 @@ def _relative(change: float, loss: float) -> float:
     return min(abs(change) / abs(loss), 1e6) if loss != 0.0 else 0.0
 
 
+Weighting = Fixed | Scalarized
+
 WEIGHTINGS: dict[str, type[Fixed]] = {
     "fixed": Fixed,
     "adaptive": Adaptive,
@@ -144,7 +154,14 @@ WEIGHTINGS: dict[str, type[Fixed]] = {
 
 
 def build_weighting(
-    config: WeightingConfig, tasks: Sequence[str], steps: int, ratio: float
-) -> Fixed:
-    """ratio: |W_backbone| / Σ|W_head|, parameter counts."""
+    config: WeightingConfig,
+    tasks: Sequence[str],
+    steps: int,
+    ratio: float,
+    loss_weights: Mapping[str, float] | None = None,
+    epoch: int = 1,
+) -> Weighting:
+    """ratio: |W_backbone| / Σ|W_head|, parameter counts   loss_weights: λ   epoch: its steps"""
+    if config.name in SCALARIZERS:
+        return Scalarized(config, tasks, loss_weights or {}, epoch)
     return WEIGHTINGS[config.name](config, tasks, steps, ratio)

@@ -145,7 +145,7 @@ BAD = {
     "sparsity-negative": (["--sparsity", "-0.5"], "Expected sparsity in [0, 1)"),
     "sparsity-nan": (["--sparsity", "nan"], "Expected sparsity in [0, 1)"),
     "preset": (["--preset", "demoo"], "'nyuv2-adapmtl-resnet34'"),
-    "method": (["--method", "adapmlt"], "['dense', 'adapmtl'], got 'adapmlt'"),
+    "method": (["--method", "adapmlt"], "got 'adapmlt'. Did you mean 'adapmtl'?"),
     "model": (["--model", "resnet50"], "'deeplab-resnet34'"),
     "task": (["--tasks", "depht"], "'keypoints', 'edges'], got ['depht']"),
     "data": (["--data", "nyu"], "got 'nyu'"),
