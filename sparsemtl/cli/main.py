@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from sparsemtl.cli.evaluate import Evaluate
     from sparsemtl.cli.info import Info
     from sparsemtl.cli.report import Report
+    from sparsemtl.cli.similarity import Similarity
     from sparsemtl.cli.train import Train
 
     data = (
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Annotated[Train, tyro.conf.subcommand("train")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Similarity, tyro.conf.subcommand("similarity")]
         | Annotated[data, tyro.conf.subcommand("data", description="Make and check data sets.")]
         | Annotated[bench, tyro.conf.subcommand("bench", description="Time ops, steps, models.")]
         | Annotated[Info, tyro.conf.subcommand("info")]

@@ -52,7 +52,12 @@ def gain_matrix(
             if a == b:
                 continue
             cell = (task, other) if a < b else (other, task)
-            found = delta(measured[cell], alone, {task: directions[task]})
+            try:
+                found = delta(measured[cell], alone, {task: directions[task]})
+            except ValueError as error:
+                raise ValueError(
+                    f"gain_matrix: {error}. Task {task!r} alone is no reference: train it longer"
+                ) from error
             gains[a, b] = found["overall"]
     return gains
 
