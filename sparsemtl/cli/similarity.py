@@ -17,6 +17,8 @@ from sparsemtl.cli.similarity_folder import SimilarityFolder
 from sparsemtl.cli.similarity_report import Findings, Options, print_findings, write_report
 from sparsemtl.cli.similarity_work import Work, collect_records, measure_gains
 from sparsemtl.cli.train import Folder, Number, Text, Train, Whole, Words
+from sparsemtl.data import build_dataset
+from sparsemtl.data.copies import check_copies
 from sparsemtl.errors import unknown_choice
 from sparsemtl.measure.environment import environment
 from sparsemtl.similarity import AGGREGATES, INDEXINGS, METRICS, WEIGHTS, SimilarityConfig
@@ -86,7 +88,11 @@ class Similarity:
         names = list(work.names)
         given = self._read_gains(names)
         # Everything that can be refused is, before the folder is touched.
+        if work.copies:
+            check_copies(build_dataset(work.config.data, "train"), work.copies)
         work.split("train", names, augmented=False)
+        if self.measure_gains:
+            work.split("val", names, augmented=False)
         folder = SimilarityFolder(self.out)
         folder.open(
             {

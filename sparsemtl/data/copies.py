@@ -16,6 +16,12 @@ def with_copies(
     order:  names of the targets to keep, copies included
     raises: ValueError for a copy of a target that there is not, or a new name that is taken
     """
+    check_copies(dataset, copies)
+    return _Copies(dataset, copies, order)
+
+
+def check_copies(dataset: MultitaskDataset, copies: Mapping[str, str]) -> None:
+    """raises: ValueError for a copy of a target that there is not, or a new name that is taken"""
     known = list(dataset.spec.targets)
     for name, source in copies.items():
         if source not in known or name in known:
@@ -23,7 +29,6 @@ def with_copies(
                 f"{dataset.spec.name}: Expected a copy NAME=TARGET with a new name and a target of "
                 f"{known}, got {name}={source}"
             )
-    return _Copies(dataset, copies, order)
 
 
 class _Copies(MultitaskDataset):

@@ -51,6 +51,7 @@ def best_grouping(affinity: Array, budget: int, alone: float) -> Grouping:
     others = ~np.eye(len(affinity), dtype=bool)
     if not np.isfinite(affinity[others]).all():
         raise ValueError("best_grouping: Expected finite affinities, got NaN or inf")
+    affinity = np.where(others, affinity, 0.0)  # a diagonal of NaN would spread
     if len(affinity) <= MOST_EXHAUSTIVE:
         candidates = list(_partitions(len(affinity), budget))
         best = max(candidates, key=lambda p: (_round(grouping_value(affinity, p, alone)), -len(p)))

@@ -81,6 +81,13 @@ def test_the_search_agrees_with_all_partitions_where_both_can_look(seed, monkeyp
     assert found.value == pytest.approx(best.value)
 
 
+def test_the_diagonal_says_nothing():
+    affinity = np.array([[np.nan, -4.0, -1.0], [-6.0, np.nan, -2.0], [1.0, -3.0, np.nan]])
+    found = best_grouping(affinity, 2, 0.0)
+    assert found.groups == ((0, 2), (1,))
+    assert found.value == pytest.approx(0.0)
+
+
 def test_groupings_refuse_what_they_cannot_use():
     with pytest.raises(ValueError, match=r"shape \[T, T\], got \[2, 3\]"):
         best_grouping(np.zeros((2, 3)), 1, 1.0)
