@@ -18,11 +18,12 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from sparsemtl.engine import aten
 from sparsemtl.engine.capture_errors import CaptureError, depends_on_values, last_lines
-from sparsemtl.engine.expression import evaluate, symbol
+from sparsemtl.engine.expression import evaluate, sizes_of, symbol
 from sparsemtl.engine.graph import Freedom, Graph, Node, Value, free_name
 from sparsemtl.engine.lower import Lowered, Read, Size, lower
 from sparsemtl.engine.ops import DYNAMIC
-from sparsemtl.engine.shapes import infer_values
+from sparsemtl.engine.shapes import infer_values, specialise
+from sparsemtl.errors import GraphError
 
 _CHECKS = ("aten._assert", "aten.sym_constrain_range", "aten._functional_assert")
 
@@ -30,12 +31,40 @@ _CHECKS = ("aten._assert", "aten.sym_constrain_range", "aten._functional_assert"
 def build_graph(exported: Any, example: Sequence[Tensor], freedom: Freedom) -> Graph:
     """The graph of an exported program.
 
-    raises: CaptureError for a part that has no static form
+    freedom: which sizes may stay open; those that the graph turns out to hold fixed are closed
+    raises:  CaptureError for a part that has no static form
     """
     builder = _Builder(exported, example)
     for node in exported.graph.nodes:
         builder.visit(node)
-    return builder.finish(freedom)
+    graph = builder.finish(freedom)
+    expected = builder.output_shapes()
+    still = {
+        name: limits for name, limits in freedom.sizes.items() if _opens(graph, name, expected)
+    }
+    graph.freedom = Freedom(still, freedom.guards) if still else Freedom()
+    return graph
+
+
+def _opens(graph: Graph, name: str, expected: dict[str, list[int | Size]]) -> bool:
+    """Whether another size there gives outputs of the shapes that torch's capture tells."""
+    shapes = [graph.shape(i) for i in graph.inputs]
+    for larger in (lambda n: n + 1, lambda n: 2 * n):
+        sizes = sizes_of(shapes)
+        sizes[name] = larger(sizes[name])
+        other = [tuple(sizes[symbol(i, d)] for d in range(len(s))) for i, s in enumerate(shapes)]
+        try:
+            found = specialise(graph, other)
+            return all(
+                list(found.shape(found.outputs[task]))
+                == [evaluate(n.formula, sizes) if isinstance(n, Size) else n for n in shape]
+                for task, shape in expected.items()
+            )
+        except GraphError:
+            return False
+        except ValueError:
+            continue  # a size that the guards exclude
+    return True
 
 
 class _Builder:
@@ -82,6 +111,14 @@ class _Builder:
         graph.prune()
         graph.values = infer_values(graph.nodes, [self.values[name] for name in graph.inputs])
         return graph
+
+    def output_shapes(self) -> dict[str, list[int | Size]]:
+        """Task → shape, as formulas of the input's sizes where torch's capture has them."""
+        tree = pytree.tree_unflatten(self.outputs, self.exported.call_spec.out_spec)
+        found = {}
+        for task, node in _tasks(tree).items():
+            found[task] = self._formulas(node.meta["val"], node)
+        return found
 
     def _output(self, task: str, node: Any) -> str:
         known = self.known.get(node)

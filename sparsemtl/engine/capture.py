@@ -52,7 +52,8 @@ def capture(model: nn.Module, example: Sequence[Tensor]) -> Graph:
         exported = _export(model, inputs)
         freedom = _freedom(exported, inputs)
         if _mutates(exported):
-            exported = exported.run_decompositions({})  # writes in place become new values
+            with _oblivious():
+                exported = exported.run_decompositions({})  # writes in place become new values
         try:
             return build_graph(exported, inputs, freedom)
         except CaptureError:
@@ -68,10 +69,7 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool = True) 
         auto = torch.export.Dim.AUTO
         shapes = tuple(dict.fromkeys(range(x.dim()), auto) for x in inputs)
     try:
-        # Oblivious: an example of batch 1 is captured as one of any batch; only the model's own
-        # comparisons with 1 pin it.
-        oblivious = fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-        with oblivious, torch.no_grad(), _quiet():
+        with _oblivious(), torch.no_grad(), _quiet():
             return torch.export.export(
                 model, inputs, dynamic_shapes=_as_signature(model, shapes), strict=False
             )
@@ -84,6 +82,11 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool = True) 
         if from_the_model(error):
             raise
         raise cannot_export(error) from error
+
+
+def _oblivious() -> Any:
+    """An example of batch 1 stands for any batch; only the model's own comparisons pin it."""
+    return fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
 
 
 def _as_signature(model: nn.Module, shapes: tuple[Any, ...] | None) -> Any:

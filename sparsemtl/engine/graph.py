@@ -38,7 +38,7 @@ class Value:
         return f"{self.name}{list(self.shape)}"
 
 
-@dataclass
+@dataclass(eq=False)  # a node is itself, whatever it holds
 class Node:
     """One operation.
 
