@@ -45,6 +45,7 @@ class RunConfig:
     task_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     baseline: str = "none"  # "dense": also train the dense twin; else a run folder, for Δ
     delta_form: str = "mean"  # Eq. 7, or the published tables' "sum"
+    start_from: str = ""  # a finished run whose model the weights are taken from
     preset: str = ""  # where it started from, for the record
 
     def __post_init__(self) -> None:
@@ -79,6 +80,23 @@ def demo() -> RunConfig:
     )
 
 
+def quick() -> RunConfig:
+    """A comparison of all methods in minutes: small rooms, a narrow network, a short schedule."""
+    return RunConfig(
+        data=ScenesConfig(height=48, width=64, frames_train=320, frames_test=64),
+        # Rates that fit a 6x8 map: at 6 to 24 most taps of a head would only ever meet padding.
+        model=ModelConfig("deeplab-resnet18", width=0.125, dropout=0.1, rates=(1, 2, 3, 4)),
+        method=AdapMTLConfig(sparsity=0.9),
+        train=TrainConfig(
+            steps=400,
+            batch_size=8,
+            loss_weights={"segmentation": 1.0, "normals": 4.0, "depth": 1.0},
+            optim=OptimConfig(lr=2e-3, betas=(0.9, 0.999), schedule="cosine", weight_decay=1e-5),
+        ),
+        preset="quick",
+    )
+
+
 def nyuv2_adapmtl_resnet34() -> RunConfig:
     """AdapMTL's NYUv2 training (App. B, Table 6), 20 000 steps at 321×321."""
     return RunConfig(
@@ -107,6 +125,7 @@ def nyuv2_adapmtl_mobilenetv2() -> RunConfig:
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "demo": demo,
+    "quick": quick,
     "nyuv2-adapmtl-resnet34": nyuv2_adapmtl_resnet34,
     "nyuv2-adapmtl-mobilenetv2": nyuv2_adapmtl_mobilenetv2,
 }

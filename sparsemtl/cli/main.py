@@ -30,10 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("the command line needs tyro: pip install tyro rich", file=sys.stderr)
         return 2
     from sparsemtl.cli.bench import BenchAdam, BenchConv, BenchThreshold
+    from sparsemtl.cli.compare import Compare
     from sparsemtl.cli.data import CheckData, WriteScenes
     from sparsemtl.cli.demo import Demo
     from sparsemtl.cli.evaluate import Evaluate
     from sparsemtl.cli.info import Info
+    from sparsemtl.cli.prune import Prune
     from sparsemtl.cli.report import Report
     from sparsemtl.cli.similarity import Similarity
     from sparsemtl.cli.train import Train
@@ -49,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     verbs = (
         Annotated[Train, tyro.conf.subcommand("train")]
+        | Annotated[Prune, tyro.conf.subcommand("prune")]
+        | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Similarity, tyro.conf.subcommand("similarity")]

@@ -6,13 +6,21 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparsemtl import config as configs
 from sparsemtl.cli.pictures import draw
-from sparsemtl.cli.run_folder import RunFolder, build_split, build_tasks, read_json, save_model
+from sparsemtl.cli.run_folder import (
+    RunFolder,
+    build_split,
+    build_tasks,
+    load_model,
+    read_json,
+    save_model,
+)
 from sparsemtl.config import RunConfig
 from sparsemtl.errors import CheckpointError
 from sparsemtl.measure.environment import environment
@@ -25,7 +33,7 @@ from sparsemtl.sparsity.stats import sparsity_report
 from sparsemtl.tasks.delta import delta
 from sparsemtl.training import distributed, runtime
 from sparsemtl.training.callbacks import Checkpointer, Evaluator, MetricsLog, StopOnSignal, every
-from sparsemtl.training.checkpoint import checkpoints, load_checkpoint, write_json
+from sparsemtl.training.checkpoint import check_same_model, checkpoints, load_checkpoint, write_json
 from sparsemtl.training.evaluate import Metrics, evaluate, evaluate_constant
 from sparsemtl.training.loop import Callback, train
 from sparsemtl.training.state import REQUIRED, TrainState
@@ -153,9 +161,23 @@ def _build(config: RunConfig, folder: RunFolder) -> Run:
     tasks = build_tasks(config, train_set)
     device = runtime.start(config.train.runtime, config.train.seed)
     model = build_model(config.model, {name: task.channels for name, task in tasks.items()})
+    if config.start_from:
+        start = RunFolder(Path(config.start_from))
+        weights = load_model(start).state_dict()
+        check_same_model(start.weights, model.state_dict(), weights)
+        model.load_state_dict(weights)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     state = TrainState.create(model, tasks, train_set, build_method(config.method), config.train)
     return Run(config, folder, train_set, tasks, state)
+
+
+def prune_only(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
+    """Let a method that decides at once prune the run's start, untrained; returns the summary."""
+    run = _build(config, folder)
+    folder.check_free()
+    run.state.method.on_start(run.state)
+    folder.create(config)
+    return _compare(run, _finish(run), lambda _name, _state: Display())
 
 
 def _train(run: Run, show: DisplayFactory) -> None:
@@ -254,8 +276,6 @@ def _compare(run: Run, summary: dict[str, Any], show: DisplayFactory) -> dict[st
 
 def baseline_summary(name: str) -> dict[str, Any]:
     """The summary of the run that a --baseline names: a run folder or its summary.json."""
-    from pathlib import Path
-
     path = Path(name)
     path = path if path.suffix == ".json" else RunFolder(path).summary
     summary = read_json(path, "a finished run")

@@ -44,7 +44,7 @@ class Train:
     resume: Folder = None
     """Continue this run; every other choice is the run's own."""
     preset: str = "demo"
-    """demo, nyuv2-adapmtl-resnet34, nyuv2-adapmtl-mobilenetv2, or the config.json of a run."""
+    """demo, quick, nyuv2-adapmtl-resnet34, nyuv2-adapmtl-mobilenetv2, or a run's config.json."""
     method: Text = None
     """dense, single-task, magnitude, imp, lth, snip, grasp, str, disparse-static, disparse-pt,
     disparse-dynamic, rigl or adapmtl."""
@@ -169,7 +169,7 @@ class Train:
                 tasks=self.tasks or None, baseline=self._baseline(), delta_form=self.delta_form
             ),
         )
-        return configs.with_changes(config, dict(_parse_set(text) for text in self.set))
+        return configs.with_changes(config, dict(parse_set(text) for text in self.set))
 
     def _baseline(self) -> str | None:
         if self.baseline is None or self.baseline in configs.BASELINES:
@@ -263,7 +263,7 @@ def _parse_option(text: str) -> tuple[str, str]:
     return name.replace("-", "_"), value
 
 
-def _parse_set(text: str) -> tuple[str, Any]:
+def parse_set(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ValueError(f"Expected --set FIELD=VALUE, got {text!r}")

@@ -93,6 +93,51 @@ def picture_grid(rows: Sequence[PictureRow]) -> Figure:
     return figure
 
 
+@dataclass(frozen=True)
+class DeltaPoint:
+    """One row of a comparison.   sparsity: None for a method without a budget"""
+
+    method: str
+    sparsity: float | None
+    delta: float
+    std: float | None
+
+
+def delta_against_sparsity(points: Sequence[DeltaPoint], reference: str) -> Figure:
+    """Δ of each method over the requested sparsity; error bars are one std over seeds."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    pruned = [p for p in points if p.sparsity is not None]
+    for i, method in enumerate(dict.fromkeys(p.method for p in pruned)):
+        own = sorted(
+            (p for p in pruned if p.method == method and np.isfinite(p.delta)),
+            key=lambda p: p.sparsity or 0.0,
+        )
+        # Side by side, so that methods at one budget do not hide each other.
+        shift = 0.12 * (i - len(pruned) / 2) if len({p.sparsity for p in pruned}) == 1 else 0.0
+        axis.errorbar(
+            [100 * (p.sparsity or 0.0) + shift for p in own],
+            [p.delta for p in own],
+            yerr=[p.std or 0.0 for p in own],
+            marker="osD^v"[i // len(COLOURS) % 5],
+            color=_colour(i),
+            label=method,
+            capsize=3,
+            lw=1.3,
+        )
+    for i, point in enumerate(p for p in points if p.sparsity is None):
+        axis.axhline(
+            point.delta, color="k", lw=0.9, ls=("--", ":", "-.")[i % 3], label=point.method
+        )
+    axis.set_xlabel("sparsity, %")
+    axis.set_ylabel(f"Δ_T against {reference}, %")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    if points:
+        axis.legend(fontsize=7, frameon=False, ncols=2)
+    return figure
+
+
 def _losses(
     axis: Axes, rows: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]
 ) -> None:
