@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <vector>
 
 #include "cpu/isa.h"
 
@@ -62,7 +63,10 @@ ConvCall make_call(const ConvArguments& a, const SparseList& list, const float* 
   call.tiling.n_x = cut_axis(p, 2, p.out_width, p.width, a.regions, call.tiling.x_cuts);
   call.tiling.pixels = p.batch * p.out_height * p.out_width;
   const int64_t width = static_cast<int64_t>(a.vectors) * isa().sparse_conv2d.lanes;
-  call.panel_size = a.mode == ConvMode::kDirect ? 0 : widest_block * width;
+  call.offsets = a.offsets;
+  call.guarded = a.guarded;
+  const bool packs = a.mode != ConvMode::kDirect || a.guarded;
+  call.panel_size = packs ? widest_block * width : 0;
   const int64_t rows = list.n_parts == 0 ? 0 : list.parts[0].n_rows * list.vector;
   call.strip_size = rows * width;
   return call;
@@ -80,21 +84,22 @@ void fill_offsets(const ConvCall& call, int32_t* offsets, int threads) {
   const ConvProblem& p = call.problem;
   const SparseList& list = call.list;
   const int64_t channels = p.channels / p.groups;
+  const int64_t blocks = list.n_parts == 0 ? 0 : list.n_blocks / list.n_parts;  // of a part
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < list.n_parts; ++i) {
-    const PatternPart& part = list.parts[i];
-    for (int64_t b = part.first_block; b < part.first_block + part.n_blocks; ++b) {
-      const PatternBlock& block = list.blocks[b];
-      const int64_t begin = list.first_nonzero[b];
-      int64_t n = 0;
-      for (int32_t r = 0; r < part.n_rows; ++r) n += list.counts[block.first_entry + r];
-      for (int64_t z = begin; z < begin + n; ++z) {
-        const int64_t column = list.columns[block.first_column + list.positions[z]];
-        const int32_t* tap = p.taps + 3 * (column / channels);
-        const int64_t channel = part.group * channels + column % channels;
-        offsets[z] = static_cast<int32_t>((channel * p.phases + tap[0]) * p.in.plane +
+  for (int64_t b = 0; b < list.n_blocks; ++b) {
+    const PatternBlock& block = list.blocks[b];
+    const int64_t first_channel = list.parts[b / blocks].group * channels;
+    std::vector<int32_t> of_column(block.n_columns);
+    for (int32_t j = 0; j < block.n_columns; ++j) {
+      const int64_t column = list.columns[block.first_column + j];
+      const int32_t* tap = p.taps + 3 * (column / channels);
+      const int64_t channel = first_channel + column % channels;
+      of_column[j] = static_cast<int32_t>((channel * p.phases + tap[0]) * p.in.plane +
                                           tap[1] * p.in.pitch + tap[2]);
-      }
+    }
+    const int64_t end = b + 1 < list.n_blocks ? list.first_nonzero[b + 1] : list.n_nonzeros;
+    for (int64_t z = list.first_nonzero[b]; z < end; ++z) {
+      offsets[z] = of_column[list.positions[z]];
     }
   }
 }
@@ -102,6 +107,28 @@ void fill_offsets(const ConvCall& call, int32_t* offsets, int threads) {
 int64_t offset_floats(const ConvArguments& a, const SparseList& list) {
   return a.mode == ConvMode::kDirect && a.offsets == nullptr ? ceil_div(list.n_nonzeros, 16) * 16
                                                              : 0;
+}
+
+// Offsets into the front of the scratch, where they are needed and were not given; the rest of it.
+float* with_offsets(const ConvArguments& a, ConvCall& call, float* scratch) {
+  if (offset_floats(a, call.list) == 0) return scratch;
+  int32_t* offsets = reinterpret_cast<int32_t*>(scratch);
+  fill_offsets(call, offsets, a.threads);
+  call.offsets = offsets;
+  return scratch + offset_floats(a, call.list);
+}
+
+// How a tile's rows are shared out where tiles are few. Which thread computes what changes no bit.
+// Slices of rows cost nothing where nothing is packed; otherwise only whole parts are split.
+void share_rows(const ConvCall& call, int64_t tiles, int threads, int64_t* parts, int64_t* slices) {
+  const int64_t wanted = tiles == 0 ? 1 : ceil_div(4 * threads, tiles);
+  *parts = std::max<int64_t>(1, std::min(wanted, call.list.n_parts));
+  *slices = 1;
+  if (threads == 1 || call.mode != ConvMode::kDirect || !rows_are_whole(call.list)) return;
+  constexpr int64_t kSlices = 4, kLeastRows = 8;
+  const int64_t rows = call.list.n_parts == 0 ? 0 : call.list.parts[0].n_rows;
+  const int64_t most = std::max<int64_t>(1, std::min(kSlices, rows / kLeastRows));
+  *slices = std::min(most, ceil_div(16 * threads, std::max<int64_t>(1, tiles * *parts)));
 }
 
 }  // namespace
@@ -119,33 +146,28 @@ int64_t sparse_conv2d_scratch(const ConvArguments& a, const SparseList& list,
 void sparse_conv2d_forward(const ConvArguments& a, const SparseList& list, const float* x, float* y,
                            const ConvEpilogue& epilogue, int64_t widest_block, float* scratch) {
   ConvCall call = make_call(a, list, x, widest_block);
-  call.offsets = a.offsets;
-  if (a.mode == ConvMode::kDirect && a.offsets == nullptr) {
-    int32_t* offsets = reinterpret_cast<int32_t*>(scratch);
-    fill_offsets(call, offsets, a.threads);
-    call.offsets = offsets;
-    scratch += offset_floats(a, list);
-  }
+  scratch = with_offsets(a, call, scratch);
   const auto body = isa().sparse_conv2d.forward;
   const int64_t tiles = count_tiles(call);
-  // With few tiles the parts are shared out too. Which thread computes what changes no bit.
-  const int64_t wanted = tiles == 0 ? 1 : ceil_div(4 * a.threads, tiles);
-  const int64_t shares = std::max<int64_t>(1, std::min(wanted, list.n_parts));
-  const int64_t per_thread = call.panel_size + call.strip_size;
+  int64_t parts, slices;
+  share_rows(call, tiles, a.threads, &parts, &slices);
+  const int64_t per_thread = call.panel_size + call.strip_size, of_tile = parts * slices;
   // Neighbours share input rows, so they are handed out together, yet in enough pieces to balance.
-  const int64_t together = std::max<int64_t>(1, tiles * shares / (8 * a.threads));
+  const int64_t together = std::max<int64_t>(1, tiles * of_tile / (8 * a.threads));
 #pragma omp parallel for schedule(dynamic, together) num_threads(a.threads)
-  for (int64_t i = 0; i < tiles * shares; ++i) {
-    const int64_t share = i % shares;
-    body(call, i / shares, list.n_parts * share / shares, list.n_parts * (share + 1) / shares, y,
-         epilogue, scratch + thread_number() * per_thread);
+  for (int64_t i = 0; i < tiles * of_tile; ++i) {
+    const int64_t at = i % of_tile / slices, slice = i % slices;
+    const ConvShare share = {list.n_parts * at / parts, list.n_parts * (at + 1) / parts, slice,
+                             slices};
+    body(call, i / of_tile, share, y, epilogue, scratch + thread_number() * per_thread);
   }
 }
 
 void sparse_conv2d_weight_grad(const ConvArguments& a, const SparseList& list, const float* x,
                                const float* grad_y, float* partials, float* grad,
                                int64_t widest_block, float* scratch) {
-  const ConvCall call = make_call(a, list, x, widest_block);
+  ConvCall call = make_call(a, list, x, widest_block);
+  scratch = with_offsets(a, call, scratch);
   const auto body = isa().sparse_conv2d.weight_grad;
   const int64_t tiles = count_tiles(call), n = list.n_nonzeros, size = n + 3;
   const int64_t per_thread = call.panel_size + call.strip_size;

@@ -12,7 +12,7 @@ namespace sparsemtl::cpu {
 enum class ConvMode : int {
   kTable = 0,   // any geometry: panels are copied by a table of masked runs, taps may be absent
   kLinear = 1,  // zero-padded planes: a tap is a constant offset, panels are plain copies
-  kDirect = 2,  // zero-padded planes, read in place: too few nonzeros per column to repay a copy
+  kDirect = 2,  // the same planes, read in place: too few nonzeros per column to repay a copy
 };
 
 struct PlaneStrides {  // floats from one image, plane and row to the next; all 0: none lies between
@@ -52,13 +52,22 @@ struct ConvCall {
   ConvTiling tiling;
   const float* x;
   const int32_t* offsets;          // direct mode: [n_nonzeros] of each nonzero's input in an image
+  bool guarded;                    // as in ConvArguments
   int64_t panel_size, strip_size;  // floats of scratch per thread
 };
 
+struct ConvShare {
+  int64_t begin, end;     // parts
+  int64_t slice, slices;  // of the rows of each part; more than one only in rows_are_whole lists
+};
+
+// Whether each part is one block, so that a row's nonzeros stand together.
+inline bool rows_are_whole(const SparseList& list) { return list.n_blocks == list.n_parts; }
+
 struct SparseConvKernels {
   int lanes;
-  // Output pixels of one tile, rows of parts [begin, end)
-  void (*forward)(const ConvCall& call, int64_t tile, int64_t begin, int64_t end, float* y,
+  // Output pixels of one tile and the rows of a share
+  void (*forward)(const ConvCall& call, int64_t tile, const ConvShare& share, float* y,
                   const ConvEpilogue& epilogue, float* scratch);
   // Add the tile's share to grad[n_nonzeros]
   void (*weight_grad)(const ConvCall& call, int64_t tile, const float* grad_y, float* grad,
@@ -76,7 +85,10 @@ struct ConvArguments {  // what a call of Python carries besides tensors
   int vectors;
   bool regions;  // order pixels by tap set: table mode with large dilation
   int threads;
-  const int32_t* offsets;  // direct mode: from sparse_conv2d_offsets, or null: found anew
+  const int32_t* offsets = nullptr;  // direct mode: from sparse_conv2d_offsets, or null: found anew
+  // Linear modes: nothing may be read past the last pixel. For 1x1 convolutions, whose planes are x
+  // itself; an image's last tile is then packed behind masks.
+  bool guarded = false;
 };
 
 // Direct mode: where each nonzero finds its input within an image. offsets: [n_nonzeros]

@@ -33,6 +33,9 @@ struct FromPanel {
   inline const float* get() const {
     return panel + (four >> (16 * I) & 0xffff) * (P * kLanes);
   }
+  inline const float* one(int32_t i) const {
+    return panel + static_cast<uint64_t>(positions[i]) * (P * kLanes);
+  }
   inline void advance(int32_t n) { positions += n; }
 };
 struct InPlace {
@@ -44,6 +47,7 @@ struct InPlace {
   inline const float* get() const {
     return x + now[I];
   }
+  inline const float* one(int32_t i) const { return x + offsets[i]; }
   inline void advance(int32_t n) { offsets += n; }
 };
 
@@ -81,18 +85,48 @@ inline __attribute__((always_inline)) void walk_row(Vec* sums, const float* valu
 
 constexpr int32_t kRowsAhead = 10;
 
+// Ask for what the next tile reads in place, a few channels behind each row: planes are far apart,
+// so the hardware sees no stream, and all at once would wait for itself.
+template <int P>
+struct Ahead {
+  const float* x = nullptr;  // of the group's first plane; null: nothing to ask for
+  int64_t stride = 0;
+  int32_t planes = 0, per_row = 0;
+  inline void after_row(int32_t e) const {
+    if (x == nullptr) return;
+    for (int32_t c = e * per_row; c < (e + 1) * per_row && c < planes; ++c) {
+      SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) {
+        __builtin_prefetch(x + c * stride + p * kLanes, 0, 2);
+      }
+    }
+  }
+};
+
+// The rows of one block that a walk visits: entries [begin, end), and where their nonzeros start.
+struct Rows {
+  int32_t begin, end;
+  int64_t nonzero;
+};
+inline Rows rows_of(const SparseList& list, int64_t block, int64_t slice, int64_t slices) {
+  const int64_t n = list.parts[0].n_rows;
+  Rows rows = {static_cast<int32_t>(n * slice / slices),
+               static_cast<int32_t>(n * (slice + 1) / slices), list.first_nonzero[block]};
+  const int32_t* counts = list.counts + list.blocks[block].first_entry;
+  for (int32_t e = 0; e < rows.begin; ++e) rows.nonzero += counts[e];
+  return rows;
+}
+
 template <int P, typename Inputs>
-void walk(const SparseList& list, int64_t block, Inputs in, float* strip, bool first,
-          const Finish* finish) {
+void walk(const SparseList& list, int64_t block, const Rows& span, Inputs in, float* strip,
+          bool first, const Finish* finish, const Ahead<P>& ahead) {
   const PatternBlock& b = list.blocks[block];
-  const float* values = list.values + list.first_nonzero[block];
+  const float* values = list.values + span.nonzero;
   const int32_t* rows = list.rows + b.first_entry;
   const int32_t* counts = list.counts + b.first_entry;
-  const int32_t n_rows = list.parts[0].n_rows;
-  for (int32_t e = 0; e < n_rows; ++e) {
+  for (int32_t e = span.begin; e < span.end; ++e) {
     const int32_t n = counts[e];
     if (n == 0 && !first && finish == nullptr) break;  // the rest have none either
-    if (finish != nullptr && e + kRowsAhead < n_rows) {
+    if (finish != nullptr && e + kRowsAhead < span.end) {
       prefetch_row<P>(*finish, rows[e + kRowsAhead]);
     }
     float* strip_row = strip + static_cast<int64_t>(rows[e]) * (P * kLanes);
@@ -110,23 +144,23 @@ void walk(const SparseList& list, int64_t block, Inputs in, float* strip, bool f
     } else {
       SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) store(strip_row + p * kLanes, sums[p]);
     }
+    ahead.after_row(e);
   }
 }
 
 // The same for V rows that share their positions: P · V sums, and a load serves V multiply-adds.
-template <int P, int V>
-void walk_vectors(const SparseList& list, int64_t block, const float* panel, float* strip,
-                  bool first, const Finish* finish, int64_t rows_of_part) {
+template <int P, int V, typename Inputs>
+void walk_vectors(const SparseList& list, int64_t block, const Rows& span, Inputs in, float* strip,
+                  bool first, const Finish* finish, int64_t rows_of_part, const Ahead<P>& ahead) {
   const PatternBlock& b = list.blocks[block];
   const int64_t stride = list.vector;
-  const float* values = list.values + list.first_nonzero[block] * stride;
-  const uint16_t* positions = list.positions + list.first_nonzero[block];
+  const float* values = list.values + span.nonzero * stride;
   const int32_t* rows = list.rows + b.first_entry;
   const int32_t* counts = list.counts + b.first_entry;
-  for (int32_t e = 0; e < list.parts[0].n_rows; ++e) {
+  for (int32_t e = span.begin; e < span.end; ++e) {
     const int32_t n = counts[e];
     if (n == 0 && !first && finish == nullptr) break;
-    if (finish != nullptr && e + 1 < list.parts[0].n_rows) {
+    if (finish != nullptr && e + 1 < span.end) {
       const int64_t next = rows[e + 1] * stride;
       for (int64_t v = 0; v < stride && next + v < rows_of_part; ++v) {
         prefetch_row<P>(*finish, next + v);
@@ -143,7 +177,7 @@ void walk_vectors(const SparseList& list, int64_t block, const float* panel, flo
       }
       const float* value = values + half;
       for (int32_t i = 0; i < n; ++i, value += stride) {
-        const float* x = panel + static_cast<uint64_t>(positions[i]) * (P * kLanes);
+        const float* x = in.one(i);
         Vec inputs[P];
         SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) inputs[p] = load(x + p * kLanes);
         SPARSEMTL_UNROLL for (int v = 0; v < V; ++v) {
@@ -164,7 +198,8 @@ void walk_vectors(const SparseList& list, int64_t block, const float* panel, flo
       }
     }
     values += static_cast<int64_t>(n) * stride;
-    positions += n;
+    in.advance(n);
+    ahead.after_row(e);
   }
 }
 
@@ -173,7 +208,7 @@ template <int P>
 struct Tile {
   const ConvCall& call;
   const ConvProblem& problem;
-  int64_t image = 0, start = 0;  // linear modes
+  int64_t image = 0, start = 0, slots = 0;  // linear modes; slots: of an image
   int n_runs = 0;
   uint64_t taps = ~uint64_t{0};
   CopyTable out, residual;
@@ -193,7 +228,7 @@ struct Tile {
       n_runs = make_runs(c, start, left < P * kLanes ? left : P * kLanes, runs);
       taps = taps_of(problem, runs, n_runs);
     } else {
-      const int64_t slots = (problem.out_height - 1) * problem.in.pitch + problem.out_width;
+      slots = (problem.out_height - 1) * problem.in.pitch + problem.out_width;
       const int64_t tiles = (slots + width - 1) / width;
       image = tile / tiles;
       start = tile % tiles * width;
@@ -213,19 +248,26 @@ struct Tile {
     return (taps >> block.tap_low & ~uint64_t{0} >> (63 - (block.tap_high - block.tap_low))) != 0;
   }
 
-  // Linear modes: ask for the rows of x that the next tile reads first. Planes are far apart, so
-  // the hardware sees no stream.
-  void prefetch_next() const {
-    if (call.mode == ConvMode::kTable) return;
+  // Linear modes: whether vectors of this tile would read what must not be read.
+  bool behind_masks() const { return call.guarded && start + P * kLanes > slots; }
+  bool in_place() const { return call.mode == ConvMode::kDirect && !behind_masks(); }
+  uint32_t mask_of(int p) const {
+    const int64_t left = slots - start - p * kLanes;
+    const uint32_t n = left < 0 ? 0 : left < kLanes ? static_cast<uint32_t>(left) : kLanes;
+    return static_cast<uint32_t>((uint64_t{1} << n) - 1);
+  }
+
+  // Linear modes: what the next tile reads first, of the planes of one part.
+  Ahead<P> next_tile(const PatternPart& part) const {
+    if (call.mode == ConvMode::kTable || start + 2 * P * kLanes > slots) return {};
     int64_t last = 0;
     for (int64_t t = 0; t < problem.n_taps; ++t) {
       const int64_t at = problem.taps[3 * t + 1] * problem.in.pitch + problem.taps[3 * t + 2];
       last = at > last ? at : last;
     }
-    const float* x = call.x + linear_start() + last + P * kLanes;
-    for (int64_t c = 0; c < problem.channels * problem.phases; ++c, x += problem.in.plane) {
-      SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) __builtin_prefetch(x + p * kLanes, 0, 2);
-    }
+    const auto planes = static_cast<int32_t>(problem.channels / problem.groups * problem.phases);
+    const float* x = call.x + linear_start() + part.group * planes * problem.in.plane;
+    return {x + last + P * kLanes, problem.in.plane, planes, planes / part.n_rows + 1};
   }
 
   void pack(const PatternBlock& block, int32_t group, float* panel) {
@@ -241,6 +283,12 @@ struct Tile {
       const float* plane = first + channel * channel_stride;
       if (linear) {
         const float* from = plane + start_of_tap(t);
+        if (behind_masks()) {
+          for (int p = 0; p < P; ++p) {
+            store(panel + p * kLanes, load_run(zeros(), mask_of(p), from + p * kLanes));
+          }
+          continue;
+        }
         SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) {
           store(panel + p * kLanes, load(from + p * kLanes));
         }
@@ -276,20 +324,62 @@ inline void zero_rows(const Finish& finish, int64_t n_rows) {
   for (int64_t row = 0; row < n_rows; ++row) scatter<P>(finish, row, sums);
 }
 
+// One block of one tile: its nonzeros, single or in vectors, over inputs from a panel or in place.
+template <int P, typename Inputs>
+void walk_any(const ConvCall& call, int64_t block, const Rows& rows, const Inputs& in, float* strip,
+              bool first, const Finish* finish, const Ahead<P>& ahead) {
+  const SparseList& list = call.list;
+  const int64_t rows_of_part = call.problem.rows / call.problem.groups;
+  if (list.vector == 1) {
+    walk<P>(list, block, rows, in, strip, first, finish, ahead);
+  } else if (P > 3 || kLanes < 16 || list.vector == 4) {
+    walk_vectors<P, 4>(list, block, rows, in, strip, first, finish, rows_of_part, ahead);
+  } else {
+    walk_vectors<P, P <= 3 ? 8 : 4>(list, block, rows, in, strip, first, finish, rows_of_part,
+                                    ahead);
+  }
+}
+
 template <int P>
-void forward_tile(const ConvCall& call, int64_t index, int64_t begin, int64_t end, float* y,
-                  const ConvEpilogue& epilogue, float* panel) {
-  Tile<P> tile(call, index);
+void forward_part(const ConvCall& call, Tile<P>& tile, const PatternPart& part,
+                  const ConvShare& share, const Finish& finish, float* panel) {
   const SparseList& list = call.list;
   float* strip = panel + call.panel_size;
+  int32_t last = -1;
+  for (int32_t b = 0; b < part.n_blocks; ++b) {
+    if (tile.live(list.blocks[part.first_block + b])) last = b;
+  }
+  if (last < 0 && share.slice == 0) zero_rows<P>(finish, call.problem.rows / call.problem.groups);
+  const Ahead<P> ahead = tile.next_tile(part);
+  bool first = true;
+  for (int32_t b = 0; b <= last; ++b) {
+    const int64_t at = part.first_block + b;
+    const PatternBlock& block = list.blocks[at];
+    if (!tile.live(block)) continue;
+    const Finish* done = b == last ? &finish : nullptr;
+    const Rows rows = rows_of(list, at, share.slice, share.slices);
+    if (tile.in_place()) {
+      const InPlace in = {call.x + tile.linear_start(), call.offsets + rows.nonzero, nullptr};
+      walk_any<P>(call, at, rows, in, strip, first, done, ahead);
+    } else {
+      tile.pack(block, part.group, panel);
+      const FromPanel<P> in = {panel, list.positions + rows.nonzero, 0};
+      walk_any<P>(call, at, rows, in, strip, first, done, first ? ahead : Ahead<P>());
+    }
+    first = false;
+  }
+}
+
+template <int P>
+void forward_tile(const ConvCall& call, int64_t index, const ConvShare& share, float* y,
+                  const ConvEpilogue& epilogue, float* panel) {
+  Tile<P> tile(call, index);
   const int64_t plane = call.problem.out.plane, residual_plane = call.problem.residual.plane;
-  const int64_t rows = call.problem.rows / call.problem.groups;
-  if (epilogue.residual != nullptr) tile.set_output(call.problem.residual, tile.residual);
-  tile.prefetch_next();
-  for (int64_t i = begin; i < end; ++i) {
-    const PatternPart& part = list.parts[i];
+  const float* residual = epilogue.residual;
+  if (residual != nullptr) tile.set_output(call.problem.residual, tile.residual);
+  for (int64_t i = share.begin; i < share.end; ++i) {
+    const PatternPart& part = call.list.parts[i];
     const int64_t row = part.first_row;
-    const float* residual = epilogue.residual;
     const Finish finish = {&tile.out,
                            y + row * plane,
                            epilogue.bias == nullptr ? nullptr : epilogue.bias + row,
@@ -298,43 +388,15 @@ void forward_tile(const ConvCall& call, int64_t index, int64_t begin, int64_t en
                            plane,
                            residual_plane,
                            epilogue.activation};
-    int32_t last = -1;
-    for (int32_t b = 0; b < part.n_blocks; ++b) {
-      if (tile.live(list.blocks[part.first_block + b])) last = b;
-    }
-    if (last < 0) zero_rows<P>(finish, rows);
-    bool first = true;
-    for (int32_t b = 0; b <= last; ++b) {
-      const int64_t at = part.first_block + b;
-      const PatternBlock& block = list.blocks[at];
-      if (!tile.live(block)) continue;
-      const Finish* done = b == last ? &finish : nullptr;
-      if (call.mode == ConvMode::kDirect) {
-        const InPlace in = {call.x + tile.linear_start(), call.offsets + list.first_nonzero[at],
-                            nullptr};
-        walk<P>(list, at, in, strip, first, done);
-      } else {
-        tile.pack(block, part.group, panel);
-        if (list.vector == 1) {
-          const uint16_t* positions = list.positions + list.first_nonzero[at];
-          walk<P>(list, at, FromPanel<P>{panel, positions, 0}, strip, first, done);
-        } else if (P > 3 || kLanes < 16 || list.vector == 4) {
-          walk_vectors<P, 4>(list, at, panel, strip, first, done, rows);
-        } else {
-          walk_vectors<P, P <= 3 ? 8 : 4>(list, at, panel, strip, first, done, rows);
-        }
-      }
-      first = false;
-    }
+    forward_part<P>(call, tile, part, share, finish, panel);
   }
 }
 
 // grad[nonzero] += Σ over the tile of grad_y[row] · input, four nonzeros of a row at a time.
-template <int P>
-void dot_rows(const SparseList& list, int64_t block, const float* panel, const float* strip,
-              float* grad) {
+template <int P, typename Inputs>
+void dot_rows(const SparseList& list, int64_t block, Inputs in, const float* strip, float* grad,
+              const Ahead<P>& ahead) {
   const PatternBlock& b = list.blocks[block];
-  const uint16_t* positions = list.positions + list.first_nonzero[block];
   const int32_t* rows = list.rows + b.first_entry;
   const int32_t* counts = list.counts + b.first_entry;
   grad += list.first_nonzero[block];
@@ -344,7 +406,7 @@ void dot_rows(const SparseList& list, int64_t block, const float* panel, const f
     Vec g[P];
     SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) g[p] = load(strip_row + p * kLanes);
     for (int32_t i = 0; i < n; i += 4) {
-      FromPanel<P> in = {panel, positions, four_positions(positions + i)};
+      in.at(i);
       const float* x[4] = {in.template get<0>(), in.template get<1>(), in.template get<2>(),
                            in.template get<3>()};
       const int32_t left = n - i;
@@ -365,8 +427,9 @@ void dot_rows(const SparseList& list, int64_t block, const float* panel, const f
       }
       add_some(grad + i, left, sum_each(sums[0], sums[1], sums[2], sums[3]));
     }
-    positions += n;
+    in.advance(n);
     grad += n;
+    ahead.after_row(e);
   }
 }
 
@@ -377,17 +440,24 @@ void weight_grad_tile(const ConvCall& call, int64_t index, const float* grad_y, 
   const SparseList& list = call.list;
   float* strip = panel + call.panel_size;
   const int64_t plane = call.problem.out.plane;
-  tile.prefetch_next();
   for (int64_t i = 0; i < list.n_parts; ++i) {
     const PatternPart& part = list.parts[i];
+    Ahead<P> ahead = tile.next_tile(part);
     for (int64_t row = 0; row < part.n_rows; ++row) {
       gather<P>(tile.out, grad_y + (part.first_row + row) * plane, strip + row * (P * kLanes));
     }
     for (int32_t b = 0; b < part.n_blocks; ++b) {
       const int64_t at = part.first_block + b;
       if (!tile.live(list.blocks[at])) continue;
-      tile.pack(list.blocks[at], part.group, panel);
-      dot_rows<P>(list, at, panel, strip, grad);
+      const int64_t nonzero = list.first_nonzero[at];
+      if (tile.in_place()) {
+        const InPlace in = {call.x + tile.linear_start(), call.offsets + nonzero, nullptr};
+        dot_rows<P>(list, at, in, strip, grad, ahead);
+      } else {
+        tile.pack(list.blocks[at], part.group, panel);
+        dot_rows<P>(list, at, FromPanel<P>{panel, list.positions + nonzero, 0}, strip, grad, ahead);
+      }
+      ahead = Ahead<P>();
     }
   }
 }
@@ -423,10 +493,10 @@ inline int width_of_tile(const ConvCall& call, int64_t tile) {
   return left < call.vectors ? static_cast<int>(left) : call.vectors;
 }
 
-void sparse_conv2d_forward(const ConvCall& call, int64_t tile, int64_t begin, int64_t end, float* y,
+void sparse_conv2d_forward(const ConvCall& call, int64_t tile, const ConvShare& share, float* y,
                            const ConvEpilogue& epilogue, float* scratch) {
   with_width(width_of_tile(call, tile), [&](auto width) {
-    forward_tile<decltype(width)::value>(call, tile, begin, end, y, epilogue, scratch);
+    forward_tile<decltype(width)::value>(call, tile, share, y, epilogue, scratch);
   });
 }
 

@@ -2,10 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+
 #include "check.h"
 #include "cpu/isa.h"
 #include "cpu/pack_pattern.h"
 #include "cpu/sparse_conv2d.h"
+#include "cpu/sparse_conv2d_plan.h"
 
 namespace py = pybind11;
 
@@ -39,27 +42,23 @@ List make_list(const std::vector<int64_t>& sizes, const std::vector<uintptr_t>& 
           sizes[4]};
 }
 
-ConvArguments make_arguments(const std::vector<int64_t>& a, uintptr_t taps, int threads) {
-  check_count("sparse_conv2d", "geometry", 14, a.size());
-  return {{a[0],
-           a[1],
-           a[2],
-           a[3],
-           a[4],
-           a[5],
-           a[6],
-           a[7],
-           a[8],
-           a[9],
-           a[10],
-           pointer<int32_t>(taps),
-           {},
-           {},
-           {}},
-          static_cast<ConvMode>(a[11]),
-          static_cast<int>(a[12]),
-          a[13] != 0,
-          threads};
+ConvArguments make_arguments(const std::vector<int64_t>& a, const int32_t* taps, int threads) {
+  check_count("sparse_conv2d", "geometry", 15, a.size());
+  ConvArguments made{};
+  made.problem = {a[0], a[1], a[2],  a[3], a[4], a[5], a[6], a[7],
+                  a[8], a[9], a[10], taps, {},   {},   {}};
+  made.mode = static_cast<ConvMode>(a[11]);
+  made.vectors = static_cast<int>(a[12]);
+  made.regions = a[13] != 0;
+  made.guarded = a[14] != 0;
+  made.threads = threads;
+  return made;
+}
+
+// wanted, planes, height, width, stride_y, stride_x, top, plane_height, pitch, lead, slack
+PlaneCopy make_copy(const std::vector<int64_t>& c) {
+  check_count("sparse_conv2d", "planes", 11, c.size());
+  return {c[0] != 0, {c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8]}, c[9], c[10]};
 }
 
 }  // namespace
@@ -104,42 +103,29 @@ void bind_sparse_conv2d(py::module_& m) {
                       size, threads);
       },
       Unlocked());
-  m.def("sparse_conv2d_scratch", [](const Sizes& geometry, uintptr_t taps, const Sizes& sizes,
-                                    const Addresses& arrays, int threads) {
-    const List l = make_list(sizes, arrays);
-    return sparse_conv2d_scratch(make_arguments(geometry, taps, threads), l.list, l.widest_block);
-  });
-  m.def(
-      "sparse_conv2d_forward",
-      [](const Sizes& geometry, uintptr_t taps, const Sizes& sizes, const Addresses& arrays,
-         uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t residual, int activation,
-         uintptr_t scratch, int threads) {
-        const List l = make_list(sizes, arrays);
-        const ConvEpilogue epilogue = {pointer<float>(bias), pointer<float>(residual), activation};
-        sparse_conv2d_forward(make_arguments(geometry, taps, threads), l.list, pointer<float>(x),
-                              pointer<float>(y), epilogue, l.widest_block, pointer<float>(scratch));
-      },
-      Unlocked());
-  m.def(
-      "sparse_conv2d_weight_grad",
-      [](const Sizes& geometry, uintptr_t taps, const Sizes& sizes, const Addresses& arrays,
-         uintptr_t x, uintptr_t grad_y, uintptr_t partials, uintptr_t grad, uintptr_t scratch,
-         int threads) {
-        const List l = make_list(sizes, arrays);
-        sparse_conv2d_weight_grad(make_arguments(geometry, taps, threads), l.list,
-                                  pointer<float>(x), pointer<float>(grad_y),
-                                  pointer<float>(partials), pointer<float>(grad), l.widest_block,
-                                  pointer<float>(scratch));
-      },
-      Unlocked());
-  m.def(
-      "sparse_conv2d_planes",
-      [](uintptr_t x, const Sizes& s, uintptr_t out, int threads) {
-        check_count("sparse_conv2d_planes", "shape", 8, s.size());
-        const PlaneShape shape = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]};
-        return sparse_conv2d_planes(pointer<float>(x), shape, pointer<float>(out), threads);
-      },
-      Unlocked());
+  py::class_<ConvPlan>(m, "ConvPlan")
+      .def(py::init([](const Sizes& geometry, const std::vector<int32_t>& taps, const Sizes& sizes,
+                       const Addresses& arrays, const Sizes& copy, int threads) {
+             const List l = make_list(sizes, arrays);
+             return std::make_unique<ConvPlan>(make_arguments(geometry, taps.data(), threads), taps,
+                                               l.list, l.widest_block, make_copy(copy));
+           }),
+           Unlocked())
+      .def(
+          "forward",
+          [](const ConvPlan& plan, uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t residual,
+             int activation, int threads) {
+            plan.forward(pointer<float>(x), pointer<float>(y),
+                         {pointer<float>(bias), pointer<float>(residual), activation}, threads);
+          },
+          Unlocked())
+      .def(
+          "weight_grad",
+          [](const ConvPlan& plan, uintptr_t x, uintptr_t grad_y, uintptr_t grad, int threads) {
+            return plan.weight_grad(pointer<float>(x), pointer<float>(grad_y), pointer<float>(grad),
+                                    threads);
+          },
+          Unlocked());
 }
 
 }  // namespace sparsemtl::cpu

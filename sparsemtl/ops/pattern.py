@@ -17,40 +17,16 @@ K, C: output, input channels. T: taps, kh · kw. Z: nonzeros.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsemtl.ops.availability import native_module, why_not_native
+from sparsemtl.ops.packed_list import PackedList, pack_list
 
 STRUCTURES = {"element": 1, "vector(4)": 4, "vector(8)": 8, "vector(16)": 16}
-
-# Nonzeros of an output channel in a block: enough to repay loading and storing its sums.
-_PER_BLOCK = 17
-_PER_BLOCK_OF_VECTORS = 50  # whose inputs are loaded so seldom that the L2 cache will do
-_LARGEST_BLOCK = 1 << 16  # columns: positions in a block are 16 bits
-# From so many channels on, blocks hold channels of one tap; below, all taps of some channels.
-_CHANNELS_BY_TAP = 288
-_SMALLEST_BLOCK = 144  # columns: with four vectors of pixels, 36 KiB of the L1 cache's 48
-_SMALLEST_OF_FEW = 96  # the same with eight, which few output channels leave room for
-
-
-@dataclass(frozen=True)
-class PackedList:
-    """Nonzeros in the order of the kernels; csrc/cpu/pack_pattern.h says what each array means."""
-
-    arrays: dict[str, Tensor]  # parts, blocks, first_nonzero, columns, rows, counts, ...
-    sources: Tensor  # [Z] int32, where each nonzero stands in the flat weight
-    values: Tensor  # [(Z + 3) · vector] float32
-    sizes: list[int]  # parts, blocks, nonzeros, vector, columns of the widest block
-    addresses: list[int]
-    per_column: float  # nonzeros per column in use: how often an input is read
-
-    @property
-    def nonzeros(self) -> int:
-        return self.sizes[2]
 
 
 class Pattern:
@@ -84,11 +60,24 @@ class Pattern:
         self._native = weight.is_cpu and why_not_native() is None
         self._lists: dict[str, PackedList] = {}
         self._fresh: set[str] = set()  # lists that hold the values of the present weight
+        # Of sparse_conv2d: native plans hold addresses of lists, so they go when those do.
+        self.plans: dict[Hashable, tuple[bool, Any]] = {}
         self._dense = _flat(weight)
         self._find(self._dense if keep is None else None)
         self._remember(weight)
         if keep is not None:
             self._check_covered(self._dense)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Lists and plans hold addresses; a copy makes its own, and follows no tensor yet.
+        fresh: dict[str, Any] = {
+            "_lists": {},
+            "_fresh": set(),
+            "plans": {},
+            "_weight": None,
+            "_version": -1,
+        }
+        return {**self.__dict__, **fresh}
 
     def update(self, weight: Tensor) -> bool:
         """Follow a new weight of the same shape; return whether the pattern changed.
@@ -140,19 +129,28 @@ class Pattern:
         alive = alive.reshape(self.groups, vectors * self.vector, columns)
         return alive[:, : rows // self.groups].reshape(self.shape).contiguous()
 
-    def forward_list(self) -> PackedList:
-        """Nonzeros by output channel; V of them at a time for vector(V)."""
-        return self._list("forward", self._bits, self.vector, transposed=False)
+    def forward_list(self, *, whole: bool = False) -> PackedList:
+        """Nonzeros by output channel; V of them at a time for vector(V).
 
-    def transposed_list(self) -> PackedList:
+        whole: all of an output channel's nonzeros together, for kernels that read x in place
+        """
+        return self._list("forward", self._bits, self.vector, whole=whole)
+
+    def transposed_list(self, *, whole: bool = False) -> PackedList:
         """Nonzeros by input channel, for the input gradient."""
-        return self._list("transposed", self._element_bits, 1, transposed=True)
+        return self._list("transposed", self._element_bits, 1, transposed=True, whole=whole)
 
-    def element_list(self) -> PackedList:
+    def element_list(self, *, whole: bool = False) -> PackedList:
         """Nonzeros by output channel, single weights whatever the structure."""
         if self.vector == 1:
-            return self.forward_list()
-        return self._list("element", self._element_bits, 1, transposed=False)
+            return self.forward_list(whole=whole)
+        return self._list("element", self._element_bits, 1, whole=whole)
+
+    def per_column(self, *, transposed: bool = False, vectors: bool = False) -> float:
+        """Nonzeros (vectors of them) per column of a list: how often an input is read."""
+        rows, channels, kh, kw = self.shape
+        columns = (rows if transposed else self.groups * channels) * kh * kw
+        return (self._count if vectors else self.nonzeros) / max(columns, 1)
 
     def spread(self, values: Tensor, packed: PackedList) -> Tensor:
         """Return a dense tensor of the weight's shape with one value at each nonzero, 0 elsewhere.
@@ -175,19 +173,13 @@ class Pattern:
         self._weight = None if owner is None else weakref.ref(owner)
         self._version = -1 if owner is None else owner._version
 
-    def _pack_shape(
-        self, vector: int, transposed: bool = False, channel_major: bool = False
-    ) -> list[int]:
-        """PackShape of csrc/cpu/pack_pattern.h."""
-        rows, channels, kh, kw = self.shape
-        return [self.groups, rows, channels, kh * kw, vector, transposed, channel_major]
-
     def _find(self, weight: Tensor | None) -> None:
         """Bits and counts from the weight, or from the mask; forget the lists."""
         self._bits, self._count = self._bits_of(weight, self.vector)
         self._element_bits, self.nonzeros = self._bits, self._count
         if self.vector > 1:  # every weight of a live vector
             self._element_bits, self.nonzeros = self._bits_of(self.mask(), 1)
+        self.plans.clear()
         self._lists.clear()
         self._fresh.clear()
 
@@ -203,7 +195,7 @@ class Pattern:
         bits = torch.empty(vectors * -(-(channels * kh * kw) // 64), dtype=torch.int64)
         is_mask = source.dtype is torch.bool
         count = native_module().pattern_bits(
-            self._pack_shape(vector),
+            [self.groups, rows, channels, kh * kw, vector, False, False],
             0 if is_mask else source.data_ptr(),
             source.data_ptr() if is_mask else 0,
             bits.data_ptr(),
@@ -219,60 +211,35 @@ class Pattern:
                 "got nonzeros outside it"
             )
 
-    def _list(self, name: str, bits: Tensor, vector: int, *, transposed: bool) -> PackedList:
+    def _list(
+        self,
+        name: str,
+        bits: Tensor,
+        vector: int,
+        *,
+        transposed: bool = False,
+        whole: bool = False,
+    ) -> PackedList:
+        if whole:
+            name += " whole"
         packed = self._lists.get(name)
         if packed is None:
-            packed = self._pack(bits, vector, transposed)
+            count = self._count if vector == self.vector else self.nonzeros
+            packed = pack_list(
+                self.shape,
+                self.groups,
+                self._dense,
+                bits,
+                count,
+                vector=vector,
+                transposed=transposed,
+                whole=whole,
+            )
             self._lists[name] = packed
         elif name not in self._fresh:
-            native_module().refresh_values(
-                self._pack_shape(vector),
-                self._dense.data_ptr(),
-                packed.sources.data_ptr(),
-                packed.nonzeros,
-                packed.values.data_ptr(),
-                torch.get_num_threads(),
-            )
+            packed.refresh(self._dense)
         self._fresh.add(name)
         return packed
-
-    def _pack(self, bits: Tensor, vector: int, transposed: bool) -> PackedList:
-        rows, channels, kh, kw = self.shape
-        group_rows, taps = rows // self.groups, kh * kw
-        list_rows = channels if transposed else -(-group_rows // vector)
-        list_channels = group_rows if transposed else channels
-        count = self._count if vector == self.vector else self.nonzeros
-        columns = list_channels * taps
-        by_tap = list_channels >= _CHANNELS_BY_TAP
-        size = self.groups * list_rows * columns
-        ends = _block_ends(list_channels, taps, count, size, vector)
-        blocks = self.groups * len(ends)
-        arrays = {
-            "parts": torch.empty(self.groups, 5, dtype=torch.int32),
-            "blocks": torch.empty(blocks, 5, dtype=torch.int32),
-            "first_nonzero": torch.empty(blocks, dtype=torch.int64),
-            "columns": torch.empty(self.groups * columns, dtype=torch.int32),
-            "rows": torch.empty(blocks * list_rows, dtype=torch.int32),
-            "counts": torch.empty(blocks * list_rows, dtype=torch.int32),
-            "positions": torch.zeros(count + 3, dtype=torch.int16),
-        }
-        values = torch.zeros((count + 3) * vector)
-        sources = torch.empty(count, dtype=torch.int32)
-        addresses = [array.data_ptr() for array in arrays.values()] + [values.data_ptr()]
-        native_module().pack_pattern(
-            self._pack_shape(vector, transposed, not by_tap),
-            self._dense.data_ptr(),
-            bits.data_ptr(),
-            ends,
-            [*addresses, sources.data_ptr()],
-            torch.get_num_threads(),
-        )
-        widest, used = 0, 0
-        if blocks > 0:
-            widths = arrays["blocks"][:, 1]
-            widest, used = int(widths.max()), int(widths.sum())
-        sizes = [self.groups, blocks, count, vector, widest]
-        return PackedList(arrays, sources, values, sizes, addresses, count / max(used, 1))
 
 
 def live_mask(source: Tensor, groups: int, vector: int) -> Tensor:
@@ -300,26 +267,6 @@ def _owner(weight: Tensor) -> Tensor | None:
 
 def _flat(weight: Tensor) -> Tensor:
     return weight.detach().to(torch.float32).contiguous()
-
-
-def _block_ends(channels: int, taps: int, nonzeros: int, size: int, vector: int) -> list[int]:
-    """Where blocks of columns end, in the order that csrc/cpu/pack_pattern.h describes."""
-    columns = channels * taps
-    if columns == 0:
-        return []
-    density = nonzeros / size if size > 0 else 0.0
-    smallest = _SMALLEST_BLOCK if channels >= _CHANNELS_BY_TAP else _SMALLEST_OF_FEW
-    wanted = _PER_BLOCK if vector == 1 else _PER_BLOCK_OF_VECTORS
-    width = min(max(int(wanted / max(density, 1e-9)), smallest), _LARGEST_BLOCK)
-    if channels >= _CHANNELS_BY_TAP:
-        pieces = max(1, round(channels / width), -(-channels // _LARGEST_BLOCK))
-        return [
-            tap * channels + channels * (piece + 1) // pieces
-            for tap in range(taps)
-            for piece in range(pieces)
-        ]
-    pieces = max(1, round(columns / width), -(-columns // _LARGEST_BLOCK))
-    return [columns * (piece + 1) // pieces for piece in range(pieces)]
 
 
 def _check(weight: Any, groups: int, structure: str, keep: Any) -> None:

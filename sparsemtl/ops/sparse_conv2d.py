@@ -23,19 +23,17 @@ from sparsemtl.ops import sparse_conv2d_backends as backends
 from sparsemtl.ops.availability import why_not_native
 from sparsemtl.ops.dispatch import Backend, Op, through_torch
 from sparsemtl.ops.pattern import Pattern, pack_pattern
+from sparsemtl.ops.sparse_conv2d_checks import Pair, check, geometry, pair
 from sparsemtl.ops.sparse_conv2d_plan import Geometry
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_Pair = int | Sequence[int]
 
 
 def sparse_conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: _Pair = 1,
-    padding: _Pair = 0,
-    dilation: _Pair = 1,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
     groups: int = 1,
     *,
     pattern: Pattern | None = None,
@@ -54,8 +52,8 @@ def sparse_conv2d(
     returns:    [B, K, OH, OW], contiguous, of x's type; arithmetic in float32 (float64 for float64)
     raises:     TypeError, ValueError for other arguments; BackendUnavailable
     """
-    g = _geometry(weight, stride, padding, dilation, groups)
-    _check(x, weight, bias, g, pattern, residual, activation)
+    g = geometry(weight, stride, padding, dilation, groups)
+    check(x, weight, bias, g, pattern, residual, activation)
     tensors = [t for t in (x, weight, bias, residual) if t is not None]
     if through_torch(*tensors):
         structure = "element" if pattern is None else pattern.structure
@@ -75,9 +73,9 @@ def sparse_conv2d_reference(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: _Pair = 1,
-    padding: _Pair = 0,
-    dilation: _Pair = 1,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
     groups: int = 1,
     *,
     pattern: Pattern | None = None,
@@ -89,7 +87,7 @@ def sparse_conv2d_reference(
         weight = torch.where(pattern.mask(), weight, 0.0)
     else:
         weight = torch.where(weight == 0, 0.0, weight)  # dead weights get no gradient
-    y = F.conv2d(x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups)
+    y = F.conv2d(x, weight, bias, pair(stride), pair(padding), pair(dilation), groups)
     return _activate(y if residual is None else y + residual, activation)
 
 
@@ -212,7 +210,7 @@ def _conv(
     structure: str,
     activation: str | None,
 ) -> Tensor:
-    g = _geometry(weight, stride, padding, dilation, groups)
+    g = geometry(weight, stride, padding, dilation, groups)
     pattern = _pattern_of(weight, keep, groups, structure)
     return _forward(x, weight, bias, residual, pattern, g, activation)
 
@@ -229,7 +227,7 @@ def _conv_backward(
     groups: int,
     structure: str,
 ) -> tuple[Tensor, Tensor]:
-    g = _geometry(weight, stride, padding, dilation, groups)
+    g = geometry(weight, stride, padding, dilation, groups)
     pattern = _pattern_of(weight, keep, groups, structure)
     pattern.update(weight)
     backend = SPARSE_CONV2D.choose(x, weight)
@@ -251,7 +249,7 @@ def _(
     structure: str,
     activation: str | None,
 ) -> Tensor:
-    g = _geometry(weight, stride, padding, dilation, groups)
+    g = geometry(weight, stride, padding, dilation, groups)
     return x.new_empty(x.shape[0], weight.shape[0], *g.output_size(x.shape[2], x.shape[3]))
 
 
@@ -297,112 +295,6 @@ def _flops(x: Tensor, weight: Tensor, *rest: Any, out_val: Tensor, **kwargs: Any
     if not isinstance(weight, torch._subclasses.FakeTensor):
         live = int((weight != 0).sum())
     return 2 * live * out_val.shape[0] * out_val.shape[2] * out_val.shape[3]
-
-
-def _pair(value: _Pair) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    first, second = value
-    return first, second
-
-
-def _geometry(
-    weight: Tensor, stride: _Pair, padding: _Pair, dilation: _Pair, groups: int
-) -> Geometry:
-    pairs = {}
-    given = {"stride": (stride, 1), "padding": (padding, 0), "dilation": (dilation, 1)}
-    for name, (value, least) in given.items():
-        entries = [value] if isinstance(value, int) else value
-        good = not isinstance(entries, str) and isinstance(entries, Sequence)
-        if not good or len(entries) not in (1, 2) or not all(_is_int(e, least) for e in entries):
-            raise ValueError(
-                f"sparse_conv2d: Expected {name} to be an integer ≥ {least} or a pair of them, "
-                f"got {value!r}"
-            )
-        pairs[name] = (entries[0], entries[-1])
-    if not isinstance(weight, Tensor):
-        raise TypeError(
-            f"sparse_conv2d: Expected weight to be a Tensor, got {type(weight).__name__}"
-        )
-    if weight.dim() != 4:
-        raise ValueError(
-            "sparse_conv2d: Expected weight to have 4 axes [K, C / groups, kh, kw], "
-            f"got shape {list(weight.shape)}"
-        )
-    kernel = (weight.shape[2], weight.shape[3])
-    return Geometry(pairs["stride"], pairs["padding"], pairs["dilation"], kernel, groups)
-
-
-def _is_int(value: Any, least: int) -> bool:
-    if isinstance(value, torch.SymInt):
-        return True
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    g: Geometry,
-    pattern: Pattern | None,
-    residual: Tensor | None,
-    activation: str | None,
-) -> None:
-    who = "sparse_conv2d: Expected"
-    for name, tensor in {"x": x, "weight": weight, "bias": bias, "residual": residual}.items():
-        if tensor is None and name in ("bias", "residual"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{who} {name} to be a Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _FLOATS or tensor.layout is not torch.strided:
-            raise TypeError(
-                f"{who} {name} to be strided float32, bfloat16, float16 or float64, "
-                f"got {tensor.layout} {tensor.dtype}"
-            )
-        if tensor.dtype is not x.dtype or tensor.device != x.device:
-            raise ValueError(
-                f"{who} {name} to be {x.dtype} on {x.device} like x, "
-                f"got {tensor.dtype} on {tensor.device}"
-            )
-    rows, channels, kh, kw = weight.shape
-    if not _is_int(g.groups, 1) or rows % g.groups != 0:
-        raise ValueError(f"{who} groups to divide the {rows} output channels, got {g.groups!r}")
-    if kh < 1 or kw < 1:
-        raise ValueError(f"{who} weight to have a kernel, got shape {list(weight.shape)}")
-    if x.dim() != 4 or x.shape[1] != channels * g.groups:
-        raise ValueError(
-            f"{who} x to be [B, {channels * g.groups}, H, W] for weight {list(weight.shape)} and "
-            f"{g.groups} groups, got shape {list(x.shape)}"
-        )
-    out = g.output_size(x.shape[2], x.shape[3])
-    if out[0] < 1 or out[1] < 1:
-        raise ValueError(
-            f"{who} x to be at least as large as the dilated kernel, got {list(x.shape[2:])} with "
-            f"kernel {g.kernel}, dilation {g.dilation} and padding {g.padding}"
-        )
-    if bias is not None and tuple(bias.shape) != (rows,):
-        raise ValueError(f"{who} bias to have shape [{rows}], got {list(bias.shape)}")
-    expected = (x.shape[0], rows, *out)
-    if residual is not None and tuple(residual.shape) != expected:
-        raise ValueError(
-            f"{who} residual to have the output's shape {list(expected)}, "
-            f"got {list(residual.shape)}"
-        )
-    if activation not in backends.ACTIVATIONS:
-        raise ValueError(f"{who} activation to be None, 'relu' or 'relu6', got {activation!r}")
-    if pattern is not None:
-        _check_pattern(weight, pattern, g.groups)
-
-
-def _check_pattern(weight: Tensor, pattern: Any, groups: int) -> None:
-    who = "sparse_conv2d: Expected"
-    if not isinstance(pattern, Pattern):
-        raise TypeError(f"{who} pattern to be a Pattern, got {type(pattern).__name__}")
-    if pattern.shape != tuple(weight.shape) or pattern.groups != groups:
-        raise ValueError(
-            f"{who} pattern to be built for weight {list(weight.shape)} and groups={groups}, "
-            f"got one for weight {list(pattern.shape)} and groups={pattern.groups}"
-        )
 
 
 def _why_not_native(x: Tensor | None = None, weight: Tensor | None = None) -> str | None:

@@ -3,91 +3,79 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparsemtl.ops.availability import native_module
-from sparsemtl.ops.pattern import PackedList, Pattern
+from sparsemtl.ops.packed_list import PackedList
+from sparsemtl.ops.pattern import Pattern
+from sparsemtl.ops.sparse_conv2d_checks import ACTIVATIONS
 from sparsemtl.ops.sparse_conv2d_plan import (
-    LINEAR,
+    DIRECT,
     Geometry,
-    Pass,
-    Taps,
     plan_pass,
-    read_source,
     taps_of_forward,
     taps_of_input_grad,
-    workspace,
 )
-
-ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
 
 
 def _fp32(tensor: Tensor) -> Tensor:
+    if tensor.dtype is torch.float32 and tensor.is_contiguous():
+        return tensor
     return tensor.detach().to(torch.float32).contiguous()
 
 
-def _rounded(per_column: float) -> float:
-    # Plans are cached, and the density of a training run wanders: keep few of them.
-    return float(f"{per_column:.1g}")
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
-def _plan(
+_LISTS = {
+    "forward": Pattern.forward_list,
+    "input": Pattern.transposed_list,
+    "grad": Pattern.element_list,
+    "table": Pattern.element_list,
+}
+_MOST_PLANS = 64  # of a pattern: inputs of ever new sizes must not fill the memory
+
+
+def _planned(
     kind: str,
-    taps: Taps,
-    stride: tuple[int, int],
+    pattern: Pattern,
+    g: Geometry,
     source: Tensor,
     out: tuple[int, int, int],
-    groups: int,
-    packed: PackedList,
-) -> Pass:
-    return plan_pass(
-        kind,
-        taps,
-        stride,
-        tuple(source.shape),
-        out,
-        groups,
-        _rounded(packed.per_column),
-        packed.sizes[3],
-        native_module().isa(),
+    phase: tuple[int, int] = (0, 0),
+) -> tuple[Any, PackedList]:
+    """Return the native plan of one pass and its list, which holds the weight's present values.
+
+    kind: a key of _LISTS   source: what the pass reads   out: channels, height, width
+    phase: of x, for the input gradient
+    """
+    batch, channels, height, width = source.shape
+    shape, isa = (batch, channels, height, width), native_module().isa()
+    key = (kind, g, shape, out, phase, isa)
+    found = pattern.plans.get(key)
+    if found is not None:
+        return found[1], _LISTS[kind](pattern, whole=found[0])
+    per_column = pattern.per_column(transposed=kind == "input", vectors=kind == "forward")
+    vector = pattern.vector if kind == "forward" else 1
+    if kind == "input":
+        taps = taps_of_input_grad(g, phase)
+        plan = plan_pass("forward", taps, (1, 1), shape, out, g.groups, per_column, vector, isa)
+    else:
+        taps = taps_of_forward(g)
+        plan = plan_pass(kind, taps, g.stride, shape, out, g.groups, per_column, vector, isa)
+    packed = _LISTS[kind](pattern, whole=plan.mode == DIRECT)
+    native = native_module().ConvPlan(
+        plan.geometry, plan.taps, packed.sizes, packed.addresses, plan.copy, torch.get_num_threads()
     )
-
-
-def _scratch(plan: Pass, packed: PackedList, threads: int) -> Tensor:
-    floats = native_module().sparse_conv2d_scratch(
-        plan.geometry, plan.taps.data_ptr(), packed.sizes, packed.addresses, threads
-    )
-    return workspace("scratch", floats)
-
-
-def _run_forward(
-    plan: Pass,
-    packed: PackedList,
-    source: Tensor,
-    out: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-) -> None:
-    threads = torch.get_num_threads()
-    planes, _ = read_source(source, plan.source)
-    scratch = _scratch(plan, packed, threads)
-    native_module().sparse_conv2d_forward(
-        plan.geometry,
-        plan.taps.data_ptr(),
-        packed.sizes,
-        packed.addresses,
-        planes.data_ptr(),
-        out.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        ACTIVATIONS[activation],
-        scratch.data_ptr(),
-        threads,
-    )
+    if len(pattern.plans) >= _MOST_PLANS:
+        pattern.plans.clear()
+    pattern.plans[key] = plan.mode == DIRECT, native
+    return native, packed
 
 
 def native(
@@ -101,15 +89,18 @@ def native(
 ) -> Tensor:
     """The pattern holds the weight's values already."""
     height, width = g.output_size(x.shape[2], x.shape[3])
-    y = torch.empty(x.shape[0], pattern.shape[0], height, width, dtype=torch.float32)
+    out = (pattern.shape[0], height, width)
+    y = torch.empty(x.shape[0], *out, dtype=torch.float32)
     if y.numel() > 0:
-        source, packed = _fp32(x), pattern.forward_list()
-        out = (pattern.shape[0], height, width)
-        plan = _plan("forward", taps_of_forward(g), g.stride, source, out, g.groups, packed)
+        source = _fp32(x)
+        plan, _ = _planned("forward", pattern, g, source, out)
         bias = None if bias is None else _fp32(bias)
         residual = None if residual is None else _fp32(residual)
-        _run_forward(plan, packed, source, y, bias, residual, activation)
-    return y.to(x.dtype)
+        plan.forward(
+            source.data_ptr(), y.data_ptr(), _address(bias), _address(residual),
+            ACTIVATIONS[activation], torch.get_num_threads(),
+        )  # fmt: skip
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
 def native_backward(
@@ -128,15 +119,15 @@ def _native_input_grad(grad: Tensor, pattern: Pattern, g: Geometry, x: Tensor) -
     grad_x = torch.empty(x.shape, dtype=torch.float32)
     if grad_x.numel() == 0 or grad.numel() == 0:
         return torch.zeros_like(grad_x).to(x.dtype)
-    source, packed = _fp32(grad), pattern.transposed_list()
+    source, threads = _fp32(grad), torch.get_num_threads()
     for phase in product(range(g.stride[0]), range(g.stride[1])):
         part = grad_x[:, :, phase[0] :: g.stride[0], phase[1] :: g.stride[1]]
         if part.numel() == 0:
             continue
         out = part if part.is_contiguous() else torch.empty(part.shape, dtype=torch.float32)
-        taps, shape = taps_of_input_grad(g, phase), (out.shape[1], out.shape[2], out.shape[3])
-        plan = _plan("forward", taps, (1, 1), source, shape, g.groups, packed)
-        _run_forward(plan, packed, source, out)
+        shape = (out.shape[1], out.shape[2], out.shape[3])
+        plan, _ = _planned("input", pattern, g, source, shape, phase)
+        plan.forward(source.data_ptr(), out.data_ptr(), 0, 0, 0, threads)
         if out is not part:
             part.copy_(out)
     return grad_x.to(x.dtype)
@@ -144,33 +135,15 @@ def _native_input_grad(grad: Tensor, pattern: Pattern, g: Geometry, x: Tensor) -
 
 def _native_weight_grad(grad: Tensor, pattern: Pattern, g: Geometry, x: Tensor) -> Tensor:
     """Dense, zero off the pattern."""
-    packed = pattern.element_list()
-    values = torch.empty(packed.nonzeros + 3, dtype=torch.float32)
     if x.numel() == 0 or grad.numel() == 0:
-        return pattern.spread(values.zero_(), packed).to(x.dtype)
+        return torch.zeros(pattern.shape, dtype=x.dtype)
     source, out = _fp32(x), (grad.shape[1], grad.shape[2], grad.shape[3])
-    taps = taps_of_forward(g)
-    plan = _plan("grad", taps, g.stride, source, out, g.groups, packed)
-    planes, finite = read_source(source, plan.source)
-    if plan.mode == LINEAR and not finite:
-        # Gaps between rows take 0 · x into the sum, which is exact for finite x only.
-        plan = _plan("table", taps, g.stride, source, out, g.groups, packed)
-        planes, _ = read_source(source, plan.source)
-    threads = torch.get_num_threads()
-    partials = workspace("partials", threads * (packed.nonzeros + 3))
-    scratch, grad_y = _scratch(plan, packed, threads), _fp32(grad)
-    native_module().sparse_conv2d_weight_grad(
-        plan.geometry,
-        plan.taps.data_ptr(),
-        packed.sizes,
-        packed.addresses,
-        planes.data_ptr(),
-        grad_y.data_ptr(),
-        partials.data_ptr(),
-        values.data_ptr(),
-        scratch.data_ptr(),
-        threads,
-    )
+    grad_y, threads = _fp32(grad), torch.get_num_threads()
+    for kind in ("grad", "table"):
+        plan, packed = _planned(kind, pattern, g, source, out)
+        values = torch.empty(packed.nonzeros + 3, dtype=torch.float32)
+        if plan.weight_grad(source.data_ptr(), grad_y.data_ptr(), values.data_ptr(), threads):
+            break  # else x is not finite, and gaps between rows would take 0 · x into the sums
     return pattern.spread(values, packed).to(x.dtype)
 
 

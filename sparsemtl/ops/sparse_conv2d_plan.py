@@ -8,27 +8,28 @@ phase of x is computed by itself with the taps that reach it.
 Modes, as in csrc/cpu/sparse_conv2d.h:
 table   any geometry; pixels may be ordered so that tiles skip taps that read only padding
 linear  source copied once into zero-padded planes, where a tap is a constant offset
-direct  the same planes, read in place: where inputs are used too few times to repay packing
+direct  the same planes, read in place: where inputs are used too few times to repay packing, and
+        for vectors of output channels, which load seldom
+
+A 1x1 convolution with unit stride needs no zeros: its planes are the source itself.
 """
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from functools import lru_cache
-
-import torch
-from torch import Tensor
-
-from sparsemtl.ops.availability import native_module
 
 TABLE, LINEAR, DIRECT = 0, 1, 2
 _NO_TAP = 1 << 29  # dy of a tap that reads nothing
 
 # Vectors of pixels in a tile, by what fits registers and the L1 cache.
 _VECTORS = {"packed": 4, "few-rows": 8, "direct": 12, "grad": 8, "generic": 4}
-# Below so many nonzeros per column a packed panel is not worth its copies.
-_FEW_PER_COLUMN = 8.0
+# Below so many nonzeros per column a packed panel is not worth its copies. Of x itself it is: its
+# planes are pages apart, which copies with their prefetches bear best.
+_FEW_PER_COLUMN = 5.0
+_FEW_PER_FLAT = 0.0
+_FEW_PER_PANEL = 30.0  # nonzeros per column below which panels are wide and lie in the L2 cache
+_LEAST_FLAT = 256  # pixels of an image that is read as one row
 _FEW_ROWS = 160  # output channels whose sums stay in the L1 cache beside a panel
 
 
@@ -44,11 +45,11 @@ class Geometry:
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the output; below 1 where the kernel does not fit."""
-        sizes = zip(
-            (height, width), self.stride, self.padding, self.dilation, self.kernel, strict=True
+        reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
+        return (
+            (height + 2 * self.padding[0] - reach[0]) // self.stride[0] + 1,
+            (width + 2 * self.padding[1] - reach[1]) // self.stride[1] + 1,
         )
-        out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, s, p, d, k in sizes]
-        return out[0], out[1]
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Pass:
-    """One native call."""
+    """One native call, as `ConvPlan` of csrc/cpu/sparse_conv2d_module.cpp takes it."""
 
-    source: Source
     mode: int
-    geometry: list[int]  # of csrc/cpu/sparse_conv2d_module.cpp: problem, mode, vectors, regions
-    taps: Tensor  # [T, 3] int32: phase, dy, dx
+    geometry: tuple[int, ...]  # problem, mode, vectors, regions, guarded
+    taps: tuple[int, ...]  # of each: phase, dy, dx
+    copy: tuple[int, ...]  # wanted, then the planes
 
 
 Taps = tuple[tuple[int, int, int], ...]  # phase, dy, dx
@@ -107,7 +108,6 @@ def taps_of_input_grad(g: Geometry, phase: tuple[int, int]) -> Taps:
     return tuple(taps)
 
 
-@lru_cache(maxsize=4096)
 def plan_pass(
     kind: str,
     taps: Taps,
@@ -125,20 +125,28 @@ def plan_pass(
                 gradient by tables only
     source:     batch, channels, height, width before phases are split
     out:        channels, height, width
-    per_column: nonzeros per column, rounded: how often a packed input is used
+    per_column: nonzeros per column: how often a packed input is used
     """
     batch, channels, height, width = source
     phases = stride[0] * stride[1]
     rows, columns = -(-height // stride[0]), -(-width // stride[1])
     live = [(dy, dx) for _, dy, dx in taps if dy != _NO_TAP]
-    mode, shape = TABLE, Source(phases > 1, stride, 0, rows, columns, 0, 0)
-    wanted = kind != "table" and (len(taps) > 1 or phases > 1)
-    if wanted and len(live) == len(taps):
+    shape = Source(phases > 1, stride, 0, rows, columns, 0, 0)
+    pixels = height * width
+    mode, guarded = TABLE, False  # guarded: see csrc/cpu/sparse_conv2d.h
+    if kind == "table" or len(live) < len(taps):
+        pass
+    elif live == [(0, 0)] and phases == 1 and out[1:] == (height, width) and pixels >= _LEAST_FLAT:
+        # One row of pixels: no gaps, nothing to copy, but nothing behind the last pixel either.
+        rows, columns, out, guarded = 1, pixels, (out[0], 1, pixels), True
+        shape = Source(False, stride, 0, rows, columns, 0, 0)
+        mode = DIRECT if _reads_in_place(kind, per_column, vector, _FEW_PER_FLAT) else LINEAR
+    elif len(taps) > 1 or phases > 1:
         padded = _padded(live, stride, rows, columns, out)
         waste = ((out[1] - 1) * padded.pitch + out[2]) / max(out[1] * out[2], 1)
         small = channels * phases * padded.plane_height * padded.pitch < 1 << 31
         grown = padded.plane_height * padded.pitch / max(rows * columns, 1)
-        if kind == "forward" and per_column < _FEW_PER_COLUMN and vector == 1:
+        if _reads_in_place(kind, per_column, vector, _FEW_PER_COLUMN):
             mode = DIRECT if small and waste < 1.5 and grown < 3 else TABLE
         elif (waste - 1) * per_column < 2.0 and grown < 2:
             mode = LINEAR
@@ -148,9 +156,20 @@ def plan_pass(
     regions = mode == TABLE and _regions_pay(live, rows, columns, out)
     plane = (shape.plane_height, shape.pitch)
     origin = shape.lead + shape.top * shape.pitch if mode != TABLE else 0
-    problem = [batch, channels, phases, *plane, origin, *out, groups, len(taps)]
-    table = torch.tensor(taps, dtype=torch.int32).reshape(-1, 3)
-    return Pass(shape, mode, [*problem, mode, vectors, int(regions)], table)
+    problem = (batch, channels, phases, *plane, origin, *out, groups, len(taps))
+    return Pass(
+        mode,
+        (*problem, mode, vectors, int(regions), int(guarded)),
+        tuple(number for tap in taps for number in tap),
+        (
+            int(shape.copy), batch * channels, height, width, *stride, shape.top, *plane,
+            shape.lead, shape.slack,
+        ),
+    )  # fmt: skip
+
+
+def _reads_in_place(kind: str, per_column: float, vector: int, few: float) -> bool:
+    return per_column < few or (vector > 1 and kind == "forward")
 
 
 def _padded(
@@ -189,49 +208,8 @@ def _vectors(kind: str, mode: int, rows: int, per_column: float, vector: int, is
     if vector > 1:
         return 6 if vector == 4 and isa == "avx512" else 3
     if kind != "forward":
-        return _VECTORS["grad" if per_column >= _FEW_PER_COLUMN else "direct"]
+        return _VECTORS["direct" if mode == DIRECT else "grad"]
     if mode == DIRECT:
         return _VECTORS["direct"]
-    return _VECTORS["few-rows" if rows <= _FEW_ROWS or isa == "avx2" else "packed"]
-
-
-_KEPT = 64 << 20  # floats: larger buffers are allocated for each call
-_local = threading.local()
-
-
-def workspace(name: str, floats: int) -> Tensor:
-    """Return uninitialised float32 memory of at least this size, kept for the thread's next call.
-
-    Fresh memory costs a page fault for every 4 KiB, which is more than a small convolution.
-    """
-    buffers: dict[str, Tensor] = _local.__dict__.setdefault("buffers", {})
-    kept = buffers.get(name)
-    if kept is None or kept.numel() < floats:
-        kept = torch.empty(floats, dtype=torch.float32)
-        if floats <= _KEPT:
-            buffers[name] = kept
-    return kept
-
-
-def read_source(x: Tensor, source: Source) -> tuple[Tensor, bool]:
-    """Return the planes that a pass reads and whether they are known to be finite.
-
-    x: [B, C, H, W] float32, contiguous
-    """
-    if not source.copy:
-        return x, False
-    batch, channels, height, width = x.shape
-    phases = source.stride[0] * source.stride[1]
-    plane = source.plane_height * source.pitch
-    size = batch * channels * phases * plane
-    planes = workspace("planes", source.lead + size + source.slack)
-    planes[: source.lead] = 0.0
-    planes[source.lead + size : source.lead + size + source.slack] = 0.0
-    shape = [batch * channels, height, width, *source.stride]
-    finite = native_module().sparse_conv2d_planes(
-        x.data_ptr(),
-        [*shape, source.top, source.plane_height, source.pitch],
-        planes.data_ptr() + 4 * source.lead,
-        torch.get_num_threads(),
-    )
-    return planes, finite
+    wide = rows <= _FEW_ROWS or per_column < _FEW_PER_PANEL or isa == "avx2"
+    return _VECTORS["few-rows" if wide else "packed"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsemtl.ops import pack_pattern
+from sparsemtl.ops import pack_pattern, sparse_conv2d
 from sparsemtl.ops.availability import why_not_native
 from sparsemtl.ops.pattern import STRUCTURES, PackedList, Pattern, live_mask
 
@@ -222,3 +224,30 @@ def test_a_pattern_can_be_made_without_native_kernels(monkeypatch):
     assert torch.equal(pattern.mask(), live_mask(weight, 2, 4))
     weight.fill_(1.0)
     assert pattern.update(weight) is True
+
+
+@needs_native
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
+def test_a_copy_outlives_its_pattern(copied):
+    weight = sparse_weight((40, 30, 3, 3), 0.3)
+    x = torch.randn(1, 30, 9, 9)
+    pattern = pack_pattern(weight)
+    expected = sparse_conv2d(x, weight, pattern=pattern)
+    found = copied(pattern)
+    del pattern
+    gc.collect()
+    other = [torch.full((40 * 30 * 9,), float("nan")) for _ in range(20)]  # where the lists were
+    assert torch.equal(sparse_conv2d(x, weight, pattern=found), expected)
+    assert len(other) == 20
+
+
+@needs_native
+@pytest.mark.parametrize("vector", [1, 8])
+def test_a_whole_list_is_one_block(vector):
+    weight = sparse_weight((16, 300, 3, 3), 0.05)
+    structure = "element" if vector == 1 else f"vector({vector})"
+    pattern = pack_pattern(weight, structure=structure)
+    packed = pattern.forward_list(whole=True)
+    assert packed.sizes[1] == 1
+    blocked = pattern.forward_list()
+    assert torch.equal(walk(packed, 1, 9, 300), walk(blocked, 1, 9, 300))

@@ -137,6 +137,8 @@ def test_any_convolution_matches_float64(name, c):
 
 CASES = {  # x, weight, options: each takes another path of the kernels
     "1x1-flat": ((2, 300, 9, 9), (40, 300, 1, 1), {}),
+    "1x1-one-row": ((2, 70, 17, 19), (40, 70, 1, 1), {}),  # 323 pixels: a tail behind masks
+    "1x1-groups": ((2, 12, 16, 16), (20, 6, 1, 1), {"groups": 2}),
     "few-channels": ((1, 16, 33, 31), (20, 16, 3, 3), {"padding": 1}),
     "many-channels": ((1, 300, 12, 11), (8, 300, 3, 3), {"padding": 2, "dilation": 2}),
     "regions": ((2, 300, 17, 17), (8, 300, 3, 3), {"padding": 12, "dilation": 12}),
@@ -215,6 +217,23 @@ def test_what_is_not_finite_reaches_exactly_what_live_weights_connect(bad, shape
     hit = torch.nn.functional.conv2d(reached, live, padding=1) > 0
     assert torch.equal(~y.isfinite(), hit)
     assert torch.equal(y[~hit], clean[~hit])
+
+
+@needs_native
+@pytest.mark.parametrize("structure", ["element", "vector(8)"])
+def test_a_flat_image_is_read_to_its_last_pixel_and_no_further(structure):
+    """x ends where its memory ends: what lies behind would be NaN."""
+    rng = torch.Generator().manual_seed(0)
+    memory = torch.full((3 * 20 * 323,), float("nan"))
+    x = memory[: 2 * 20 * 323].view(2, 20, 17, 19)
+    x.copy_(torch.randn(x.shape, generator=rng))
+    weight = weight_of((16, 20, 1, 1), 0.2, rng, 8).requires_grad_()
+    pattern = pack_pattern(weight, structure=structure)
+    y = sparse_conv2d(x, weight, pattern=pattern)
+    torch.testing.assert_close(y, sparse_conv2d_reference(x, weight))
+    y.sum().backward()
+    expected = x.sum((0, 2, 3)) * (weight.detach() != 0)[:, :, 0, 0]
+    torch.testing.assert_close(weight.grad[:, :, 0, 0], expected, rtol=1e-4, atol=1e-4)
 
 
 @needs_native
