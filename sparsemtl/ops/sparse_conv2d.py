@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsemtl.ops import sparse_conv2d_backends as backends
+from sparsemtl.ops import sparse_conv2d_triton as on_gpu
 from sparsemtl.ops.availability import why_not_native
 from sparsemtl.ops.dispatch import Backend, Op, through_torch
 from sparsemtl.ops.pattern import Pattern, pack_pattern
@@ -308,6 +309,7 @@ def _never(*_: Any) -> None:
 SPARSE_CONV2D = Op(
     "sparse_conv2d",
     (
+        Backend("triton", on_gpu.triton, on_gpu.triton_backward, on_gpu.why_not_here),
         Backend("native", backends.native, backends.native_backward, _why_not_native),
         Backend("reference", backends.reference, backends.reference_backward, _never),
     ),

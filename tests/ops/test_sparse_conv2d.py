@@ -161,6 +161,9 @@ def test_value_and_gradients_match_the_reference(case, backend, density):
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(x_shape, generator=rng)
     weight = weight_of(weight_shape, density, rng)
+    reason = SPARSE_CONV2D.explain(x, weight)[backend] or ""
+    if "taps" in reason:  # a limit of the Triton kernel, on whatever device
+        pytest.skip(reason)
     skip_if_unusable(SPARSE_CONV2D, backend, x, weight)
     with use_backend(backend):
         check([x, weight, torch.ones(weight_shape[0]), None], weight != 0, **options)

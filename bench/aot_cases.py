@@ -1,0 +1,140 @@
+"""Every way in which a Triton kernel is launched, for bench/aot.py: each tile and each switch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import astuple
+
+import torch
+
+Case = tuple[str, object, list[object], dict[str, object]]
+I32, I64, F32 = torch.int32, torch.int64, torch.float32
+
+
+def cases() -> Iterator[Case]:
+    """Name, kernel, argument types or values, options."""
+    yield from elementwise()
+    yield from convolutions()
+    yield from weight_gradients()
+
+
+def elementwise() -> Iterator[Case]:
+    from sparsemtl.kernels import soft_threshold as st
+    from sparsemtl.kernels import threshold_adam as ta
+    from sparsemtl.ops.soft_threshold_backends import TRITON_BLOCK
+
+    tables: list[object] = [I64] * 4  # addresses, sizes, owners, starts
+    for dtype, triton_type in st.TYPES.items():
+        options = {"DTYPE": triton_type, "BP": TRITON_BLOCK, "num_warps": 4}
+        name = f"soft_threshold_fwd/{str(dtype)[6:]}"
+        arguments = [*tables, F32, I64, 12]
+        for kind, count, mask in (("plain", 0, 0), ("count", 1, 0), ("mask", 1, 1)):
+            flags = {"COUNT": bool(count), "MASK": bool(mask)}
+            yield f"{name}/{kind}", st.soft_threshold_fwd_kernel, arguments, {**options, **flags}
+        name = f"soft_threshold_bwd/{str(dtype)[6:]}"
+        yield name, st.soft_threshold_bwd_kernel, [*tables, F32, F32, 12], options
+        arguments = [*tables, F32, I64, F32, I64, 12]
+        for kind, threshold, mask in (("adam", 0, 0), ("threshold", 1, 0), ("mask", 1, 1)):
+            flags = {"THRESHOLD": bool(threshold), "MASK": bool(mask)}
+            name = f"threshold_adam/{str(dtype)[6:]}/{kind}"
+            yield name, ta.threshold_adam_kernel, arguments, {**options, **flags}
+
+
+def precisions() -> Iterator[tuple[torch.dtype, str, str]]:
+    """Storage type, products, and the name of the two."""
+    yield torch.bfloat16, "ieee", "bfloat16"
+    yield torch.float16, "ieee", "float16"
+    yield F32, "tf32", "tf32"
+    yield F32, "ieee", "float32"
+
+
+# 3x3 at rate 6, 512 → 1024 channels, 41x41: what all sizes are specialised to. 500 → 1000 has
+# channels that no tile divides.
+def sizes(source: int, dest: int, tile) -> list[object]:
+    blocks = (-(-dest // tile.dest), -(-source // tile.source))
+    return [source, dest, *blocks, 9 * blocks[1], 1]
+
+
+def strides(source: int, dest: int) -> list[object]:
+    return [dest * source * 9, source * 9, 1, source]
+
+
+def convolutions() -> Iterator[Case]:
+    from sparsemtl.kernels import sparse_conv2d as kernels
+    from sparsemtl.ops.sparse_conv2d_triton import RAGGED, tiles_of
+
+    tables: list[object] = [I32, I32, I64, I32, I32, I32, I32, F32, I64]
+    plain = {"SPLIT": 1, "WHOLE": True, "BIAS": True, "RESIDUAL": True, "ACTIVATION": 1}
+    plain |= {"GROUPED": False}
+    variants: dict[str, dict[str, object]] = {
+        "bare": {"BIAS": False, "RESIDUAL": False, "ACTIVATION": 0},
+        "relu6": {"ACTIVATION": 2},
+        "ragged": {"WHOLE": False},
+        "split": {"SPLIT": 4, "BIAS": False, "RESIDUAL": False, "ACTIVATION": 0},
+        "grouped": {"GROUPED": True},
+    }
+    for dtype, products, name in precisions():
+        tiles = tiles_of(dtype, products=products)
+        ragged = tiles[0] if dtype is F32 else RAGGED
+        jobs = [(tile, "whole", {}) for tile in tiles]
+        jobs += [(tile, "input-grad", variants["bare"]) for tile in tiles]
+        jobs += [(ragged if k == "ragged" else tiles[0], k, v) for k, v in variants.items()]
+        for tile, kind, change in jobs:
+            options = {"KW": 3, "BM": tile.pixels, "BN": tile.dest, "BK": tile.source}
+            options |= {"PRECISION": products, "DTYPE": kernels.TYPES[dtype]}
+            options |= {"num_warps": tile.warps, "num_stages": tile.stages}
+            source, dest = (500, 1000) if kind == "ragged" else (512, 1024)
+            numbers = [*sizes(source, dest, tile), *strides(source, dest), 6, 1, 6, 1, 41, 1]
+            if kind == "input-grad":
+                numbers = [*sizes(dest, source, tile), dest * source * 9, 1, source * 9, source]
+                numbers += [6, 1, 6, 1, -41, -1]
+            yield (
+                f"sparse_conv2d/{name}/{'x'.join(map(str, astuple(tile)[:5]))}/{kind}",
+                kernels.sparse_conv2d_kernel,
+                [*[dtype] * 5, *tables, *numbers],
+                {**options, **plain, **change},
+            )
+        options = {"BM": 32, "BN": 128, "BIAS": True, "RESIDUAL": True, "ACTIVATION": 1}
+        arguments = [F32, dtype, dtype, dtype, I32, 1792, 1024, 1792 * 1024]
+        for splits in (2, 4, 8):
+            yield (
+                f"sparse_conv2d_sum/{name}/{splits}",
+                kernels.sparse_conv2d_sum_kernel,
+                arguments,
+                {**options, "SPLIT": splits, "num_warps": 4},
+            )
+
+
+def weight_gradients() -> Iterator[Case]:
+    from sparsemtl.kernels import sparse_conv2d as kernels
+    from sparsemtl.ops.sparse_conv2d_triton import tiles_of
+
+    tables: list[object] = [I32, I32, I64, I32, I32, I32, I32, F32]
+    for dtype, products, name in precisions():
+        for place, tile in enumerate(tiles_of(dtype, grad=True, products=products)):
+            blocks = {"BN": tile.dest, "BK": tile.source, "PANEL": tile.panel}
+            launch = {"num_warps": tile.warps, "num_stages": tile.stages}
+            tile_name = f"{name}/{'x'.join(map(str, astuple(tile)))}"
+            source, dest, r, q, capacity, groups = sizes(512, 1024, tile)
+            panels = -(-capacity // tile.panel)
+            kinds = {"plain": (1, False)}
+            if place == 0:
+                kinds |= {"threshold": (1, True), "split": (4, False)}
+            for kind, (split, threshold) in kinds.items():
+                numbers = [source, dest, r, q, capacity, panels, 420, groups]
+                numbers += [*strides(512, 1024), 6, 1, 6, 1, 41, 1]
+                flags = {"SPLIT": split, "THRESHOLD": threshold, "PRECISION": products}
+                yield (
+                    f"sparse_conv2d_weight_grad/{tile_name}/{kind}",
+                    kernels.sparse_conv2d_weight_grad_kernel,
+                    [*[dtype] * 3, F32, F32, F32, *tables, *numbers],
+                    {"KW": 3, "BM": tile.pixels, **blocks, **flags, **launch},
+                )
+            sums: list[object] = [F32, dtype, F32, F32, F32, I32, I32]
+            for split in (2, 4, 8) if place == 0 else ():
+                yield (
+                    f"sparse_conv2d_weight_grad_sum/{tile_name}/{split}",
+                    kernels.sparse_conv2d_weight_grad_sum_kernel,
+                    [*sums, source, dest, r, q, capacity, panels, groups, *strides(512, 1024)],
+                    {**blocks, "SPLIT": split, "THRESHOLD": True, "num_warps": tile.warps},
+                )

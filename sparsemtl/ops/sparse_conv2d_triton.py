@@ -1,0 +1,339 @@
+"""How Triton computes sparse_conv2d: tables and lists on the device, then kernels/sparse_conv2d.py.
+
+Tensors are brought to NHWC; what is channels_last already is not copied, and results are
+channels_last. Arithmetic is fp32 accumulation of products of the storage type; those of float32
+are tf32 where torch allows cuDNN that, else exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsemtl.ops.availability import INTERPRETING, why_not_triton
+from sparsemtl.ops.block_pattern import BlockPattern, blocks_of
+from sparsemtl.ops.dispatch import BackendUnavailable, requested_backend
+from sparsemtl.ops.pattern import Pattern
+from sparsemtl.ops.sparse_conv2d_backends import ACTIVATIONS, reference, reference_backward
+from sparsemtl.ops.sparse_conv2d_pixels import MOST_TAPS, PixelOrder, pixel_order, why_not_pixels
+from sparsemtl.ops.sparse_conv2d_plan import Geometry
+
+if TYPE_CHECKING:
+    from sparsemtl.kernels.sparse_conv2d import Channels, Pixels
+
+_SMALLEST, _LARGEST = 16, 128  # sides of a block that tl.dot takes and that registers hold
+_PROGRAMS = 264  # two for each of an H100's 132 processors: below, work is split further
+_MOST_PARTIALS = 1 << 26  # float32 values, 256 MiB
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one pass is cut: pixels, destination and source channels; and how it is launched."""
+
+    pixels: int
+    dest: int
+    source: int
+    warps: int = 4
+    stages: int = 3
+    panel: int = 1  # blocks of the weight gradient that share the output's gradient
+
+
+# Candidates of a pass, the first the default. Blocks smaller than a tile's sides replace them. The
+# compiler spends every other stage on the entry that the next loads depend on: 5 make 3 buffers.
+NARROW = (  # bfloat16, float16
+    Tile(128, 128, 64, 8, 5),
+    Tile(128, 64, 64, 4, 5),
+    Tile(64, 128, 64, 4, 5),
+    Tile(64, 64, 64, 4, 5),
+    Tile(256, 64, 64, 8, 5),
+    Tile(128, 32, 32, 4, 5),
+    Tile(128, 16, 16, 4, 5),
+)
+WIDE = (  # float32 through tf32
+    Tile(128, 64, 32, 8, 5),
+    Tile(64, 64, 32, 4, 5),
+    Tile(128, 32, 32, 4, 5),
+    Tile(64, 16, 16, 4, 5),
+)
+RAGGED = Tile(64, 64, 32, 4, 5)  # bfloat16, float16 where a tile does not divide the channels
+EXACT = (Tile(64, 32, 16, 4, 3), Tile(32, 32, 16, 4, 3), Tile(32, 16, 16, 4, 3))  # float32
+GRAD_NARROW = (
+    Tile(64, 64, 64, 8, 5, 2),
+    Tile(64, 128, 64, 8, 5, 2),
+    Tile(32, 64, 64, 8, 5, 4),
+    Tile(64, 32, 32, 8, 5, 4),
+    Tile(64, 16, 16, 8, 5, 8),
+)
+GRAD_WIDE = (Tile(32, 64, 32, 8, 5, 2), Tile(32, 32, 32, 8, 5, 4), Tile(32, 16, 16, 4, 5, 4))
+GRAD_EXACT = (Tile(16, 32, 16, 4, 3, 2), Tile(16, 16, 16, 4, 3, 2))
+
+
+def precision() -> str:
+    """How products of float32 are formed: "tf32" where torch lets cuDNN, else "ieee"."""
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def tiles_of(
+    dtype: torch.dtype, *, grad: bool = False, products: str | None = None
+) -> tuple[Tile, ...]:
+    """Candidates for the forward pass and input gradient, or for the weight gradient.
+
+    products: "tf32" or "ieee", of float32; by default what `precision` says
+    """
+    if dtype is not torch.float32:
+        return GRAD_NARROW if grad else NARROW
+    if (products or precision()) == "tf32":
+        return GRAD_WIDE if grad else WIDE
+    return GRAD_EXACT if grad else EXACT
+
+
+def fitted(tile: Tile, dest: int, source: int, block: tuple[int, int] | None) -> Tile:
+    """A tile no larger than the channels or the block, dest by source, that it serves."""
+    sides = []
+    for wanted, channels, side in ((tile.dest, dest, 0), (tile.source, source, 1)):
+        limit = channels if block is None else min(channels, block[side])
+        power = 1 << max(limit - 1, 0).bit_length()
+        if block is not None:  # a divisor of the block, so that no tile is alive in part
+            power = min(power, block[side] & -block[side]) if block[side] >= _SMALLEST else power
+        sides.append(min(wanted, max(power, _SMALLEST), _LARGEST))
+    return Tile(tile.pixels, sides[0], sides[1], tile.warps, tile.stages, tile.panel)
+
+
+def why_not_here(x: Tensor | None = None, weight: Tensor | None = None) -> str | None:
+    """Why Triton cannot run here, or cannot take these tensors; None if it can."""
+    reason = why_not_triton(weight)
+    if reason is not None or x is None or weight is None:
+        return reason
+    if x.dtype is not weight.dtype:
+        return f"x is {x.dtype} and weight {weight.dtype}, it takes one type"
+    if x.numel() == 0 or weight.numel() == 0:
+        return "x or weight is empty"
+    taps = weight.shape[2] * weight.shape[3]
+    if taps > MOST_TAPS:
+        return f"the kernel has {taps} taps, it takes up to {MOST_TAPS}"
+    if INTERPRETING:
+        return None
+    capability = torch.cuda.get_device_capability(weight.device)
+    if capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]}, it needs 8.0"
+    return None
+
+
+def why_not_geometry(x: Tensor, g: Geometry) -> str | None:
+    """Why the tables cannot hold this convolution; None if they can."""
+    return why_not_pixels(g, x.shape[0], (x.shape[2], x.shape[3]))
+
+
+def _left_to_reference(x: Tensor, g: Geometry) -> bool:
+    reason = why_not_geometry(x, g)
+    if reason is not None and requested_backend() == "triton":
+        raise BackendUnavailable(f"sparse_conv2d cannot run on 'triton': {reason}")
+    return reason is not None
+
+
+def triton(
+    x: Tensor,
+    weight: Tensor,
+    pattern: Pattern,
+    g: Geometry,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    if _left_to_reference(x, g):
+        return reference(x, weight, pattern, g, bias, residual, activation)
+    return conv_blocks(x, weight, blocks_of(pattern), g, bias, residual, activation)
+
+
+def triton_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    pattern: Pattern,
+    g: Geometry,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    if _left_to_reference(x, g):
+        return reference_backward(grad, x, weight, pattern, g, needs)
+    blocks = blocks_of(pattern)
+    grad_x = conv_blocks_input_grad(grad, x, weight, blocks, g) if needs[0] else None
+    if not needs[1]:
+        return grad_x, None
+    grad_weight = conv_blocks_weight_grad(grad, x, weight, blocks, g)
+    # Blocks hold dead weights too; theirs is zero by definition.
+    return grad_x, torch.where(pattern.mask(), grad_weight, 0.0)
+
+
+def conv_blocks(
+    x: Tensor,
+    weight: Tensor,
+    blocks: BlockPattern,
+    g: Geometry,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """act(conv2d(x, weight) + bias + residual) on live blocks; nothing is checked.
+
+    x: [B, C, H, W]   weight: [K, C / groups, kh, kw], zero in dead blocks
+    returns: [B, K, OH, OW], channels_last
+    """
+    from sparsemtl.kernels.sparse_conv2d import Epilogue
+
+    height, width = g.output_size(x.shape[2], x.shape[3])
+    source, w = nhwc(x), nhwc(weight)
+    y = empty_nhwc(x, (x.shape[0], weight.shape[0], height, width))
+    extra = None if residual is None else nhwc(residual)
+    epilogue = Epilogue(bias, extra, ACTIVATIONS[activation])
+    _launch(source, w, y, blocks, g, (x.shape[2], x.shape[3]), False, epilogue, tile)
+    return y
+
+
+def conv_blocks_input_grad(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    blocks: BlockPattern,
+    g: Geometry,
+    tile: Tile | None = None,
+) -> Tensor:
+    """The gradient of x, channels_last.   grad: [B, K, OH, OW]"""
+    from sparsemtl.kernels.sparse_conv2d import Epilogue
+
+    grad_x = empty_nhwc(x, tuple(x.shape))
+    size = (x.shape[2], x.shape[3])
+    _launch(nhwc(grad), nhwc(weight), grad_x, blocks, g, size, True, Epilogue(), tile)
+    return grad_x
+
+
+def conv_blocks_weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    blocks: BlockPattern,
+    g: Geometry,
+    tile: Tile | None = None,
+    threshold: tuple[Tensor, Tensor] | None = None,
+) -> Any:
+    """The gradient of weight, zero outside of live blocks.
+
+    threshold: W and α of which weight is S(W, α); then the gradients of both are returned
+    """
+    from sparsemtl.kernels.sparse_conv2d import Panels, Tiling, sparse_conv2d_weight_grad
+
+    tile = tile or default_tile(weight, blocks, g, grad=True)
+    order = pixel_order(g, x.shape[0], (x.shape[2], x.shape[3]), tile.pixels, False, x.device)
+    lists = Panels(*blocks.panels(order, tile.dest, tile.source, tile.panel))
+    rows, panels, tiles = lists.tile_lists.shape
+    found = torch.zeros_like(nhwc(weight))
+    split = _splits(rows * panels, tiles, rows * panels * tile.dest * tile.panel * tile.source)
+    partials = None
+    if split > 1:
+        shape = (split, rows, panels, tile.dest, tile.panel * tile.source)
+        partials = torch.empty(shape, dtype=torch.float32, device=x.device)
+    given = None
+    if threshold is not None:
+        shares = torch.zeros(rows, panels, dtype=torch.float32, device=x.device)
+        given = (nhwc(threshold[0].detach().float()), threshold[1].detach().float(), shares)
+    tiling = Tiling(tile.pixels, tile.dest, tile.source, tile.warps, tile.stages, tile.panel)
+    sparse_conv2d_weight_grad(
+        nhwc(x), nhwc(grad), found, _pixels(order), lists, channels_of(weight, g, False),
+        g.kernel[1], tiling, precision(), partials, given,
+    )  # fmt: skip
+    if given is None or threshold is None:
+        return found
+    alpha = threshold[1]
+    return found, (-given[2].sum(dtype=torch.float64)).to(alpha.dtype).reshape(alpha.shape)
+
+
+def _launch(
+    source: Tensor,
+    weight: Tensor,
+    dest: Tensor,
+    blocks: BlockPattern,
+    g: Geometry,
+    size: tuple[int, int],
+    transposed: bool,
+    epilogue: Any,
+    tile: Tile | None,
+) -> None:
+    from sparsemtl.kernels.sparse_conv2d import Lists, Tiling, sparse_conv2d
+
+    tile = tile or default_tile(weight, blocks, g, transposed=transposed)
+    order = pixel_order(g, dest.shape[0], size, tile.pixels, transposed, dest.device)
+    lists = Lists(*blocks.lists(order, tile.dest, tile.source, transposed))
+    tiles, entries = len(order.classes), lists.entries.shape[2]
+    channels = channels_of(weight, g, transposed)
+    split = _splits(tiles * len(lists.rows), entries, tiles * tile.pixels * dest.shape[1])
+    partials = None
+    if split > 1:
+        shape = (split, tiles * tile.pixels, dest.shape[1])
+        partials = torch.empty(shape, dtype=torch.float32, device=dest.device)
+    tiling = Tiling(tile.pixels, tile.dest, tile.source, tile.warps, tile.stages)
+    sparse_conv2d(
+        source, weight, dest, _pixels(order), lists, channels, g.kernel[1], tiling, epilogue,
+        precision(), partials,
+    )  # fmt: skip
+
+
+def default_tile(
+    weight: Tensor, blocks: BlockPattern, g: Geometry, transposed: bool = False, grad: bool = False
+) -> Tile:
+    """The first candidate, fitted to the channels of a group and to the blocks."""
+    dest, source = weight.shape[0] // g.groups, weight.shape[1]
+    block = blocks.block
+    if block == (1, 1):
+        block = None  # single weights: tiles as the channels allow
+    if transposed:
+        dest, source = source, dest
+        block = None if block is None else (block[1], block[0])
+    tile = fitted(tiles_of(weight.dtype, grad=grad)[0], dest, source, block)
+    whole = dest % tile.dest == 0 and source % tile.source == 0
+    if whole or grad or weight.dtype is torch.float32:
+        return tile
+    return fitted(RAGGED, dest, source, block)
+
+
+def _splits(programs: int, steps: int, size: int) -> int:
+    """Into how many parts the sum of a tile is cut, by shapes alone: 1, 2, 4 or 8."""
+    split = 1
+    while (
+        split < 8
+        and programs * split < _PROGRAMS
+        and steps >= 16 * split
+        and 2 * split * size <= _MOST_PARTIALS
+    ):
+        split *= 2
+    return split
+
+
+def _pixels(order: PixelOrder) -> Pixels:
+    from sparsemtl.kernels.sparse_conv2d import Pixels
+
+    return Pixels(order.bases, order.dests, order.live, order.classes, order.steps)
+
+
+def channels_of(weight: Tensor, g: Geometry, transposed: bool) -> Channels:
+    """Channels and strides for a weight [K, C / groups, kh, kw] in NHWC memory."""
+    from sparsemtl.kernels.sparse_conv2d import Channels
+
+    outputs, source = weight.shape[0] // g.groups, weight.shape[1]
+    row = source * weight.shape[2] * weight.shape[3]
+    if transposed:
+        return Channels(outputs, source, g.groups, outputs * row, 1, row, source)
+    return Channels(source, outputs, g.groups, outputs * row, row, 1, source)
+
+
+def nhwc(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous(memory_format=torch.channels_last)
+
+
+def empty_nhwc(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(
+        tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
