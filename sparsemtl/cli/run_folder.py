@@ -29,6 +29,7 @@ from sparsemtl.data import ScenesConfig, build_dataset
 from sparsemtl.errors import CheckpointError
 from sparsemtl.methods.single_task import SingleTaskNetworks, split_by_task
 from sparsemtl.models.config import ModelConfig, build_model
+from sparsemtl.models.joint import JointClassifier
 from sparsemtl.tasks import Task, make_task
 from sparsemtl.training.checkpoint import atomic_write, check_same_model, write_json
 
@@ -139,6 +140,8 @@ def save_model(
     data = save(tensors, metadata={"format": "pt"})
     atomic_write(folder.weights, lambda file: _write(file, data))
     plain = configs.to_json(config)
+    if isinstance(model, JointClassifier):
+        plain["model"]["hidden"] = model.hidden_layer().size  # a method may have shrunk it
     write_json(
         folder.model_config,
         {

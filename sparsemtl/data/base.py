@@ -16,7 +16,14 @@ from torch.utils.data import Dataset
 
 from sparsemtl.data.image import denormalise
 
-TARGET_KINDS = ("segmentation", "normals", "depth", "keypoints", "edges")  # also their order
+TARGET_KINDS = (
+    "segmentation",
+    "normals",
+    "depth",
+    "keypoints",
+    "edges",
+    "classification",
+)  # also their order
 NORMALS_SPACES = ("decoded", "encoded")
 _PLANES = {"normals": 3, "depth": 1, "keypoints": 1, "edges": 1}  # channels of a dense target
 
@@ -55,8 +62,9 @@ class TargetSpec:
     """What one target is.
 
     kind:          one of TARGET_KINDS
-    channels:      of the head that predicts it: classes for segmentation, 3 for normals, else 1
-    class_names:   segmentation only; empty, or one name per class
+    channels:      of the head that predicts it: classes for segmentation and classification, 3 for
+                   normals, else 1
+    class_names:   of the classes; empty, or one name per class
     normals_space: "decoded": components in [-1, 1]; "encoded": 0..255 as stored in 8-bit files
     raises:        ValueError naming the field
     """
@@ -109,8 +117,9 @@ class MultitaskSample(NamedTuple):
 
     image:   [3, H, W] float32, normalised as the config says
     targets: segmentation [H, W] int64; normals [3, H, W], depth (metres), keypoints and edges
-             [1, H, W] float32; 0 wherever invalid, never NaN, 255 or -1
-    valid:   task -> [H, W] bool, True where the target counts
+             [1, H, W] float32; classification [1, 1] int64; 0 wherever invalid, never NaN, 255
+             or -1
+    valid:   task -> [H, W] bool, [1, 1] for classification, True where the target counts
     index:   the sample's dataset index; int64 [B] in a batch
     """
 
@@ -226,9 +235,11 @@ def check_sample(who: str, sample: MultitaskSample, spec: DataSpec) -> None:
 def _check_target(
     who: str, task: str, target: Tensor, valid: Tensor, spec: TargetSpec, size: tuple[int, ...]
 ) -> None:
-    segmentation = spec.kind == "segmentation"
-    shape = size if segmentation else (_PLANES[spec.kind], *size)
-    dtype = torch.int64 if segmentation else torch.float32
+    labels = spec.kind in ("segmentation", "classification")
+    if spec.kind == "classification":
+        size = (1, 1)
+    shape = size if labels else (_PLANES[spec.kind], *size)
+    dtype = torch.int64 if labels else torch.float32
     if tuple(target.shape) != shape or target.dtype != dtype:
         raise DataError(
             f"{who}: Expected {task} {list(shape)} {dtype}, got {list(target.shape)} {target.dtype}"
@@ -238,7 +249,7 @@ def _check_target(
             f"{who}: Expected the valid mask of {task} {list(size)} torch.bool, "
             f"got {list(valid.shape)} {valid.dtype}"
         )
-    if not segmentation:
+    if not labels:
         _check_finite(who, task, target)
         return
     wrong = target[valid & ((target < 0) | (target >= spec.channels))]

@@ -81,17 +81,23 @@ class Builder:
     material: list[int] = field(default_factory=list)
     colours: list[tuple[float, ...]] = field(default_factory=list)  # colour, accent, scale
     shades: list[bool] = field(default_factory=list)
+    piece: list[int] = field(default_factory=list)
+    pieces: int = 0
 
     def at(self, x: float, y: float, angle: float, z: float = 0.0) -> Piece:
-        return Piece(self, x, y, z, math.cos(angle), math.sin(angle))
+        self.pieces += 1
+        return Piece(self, x, y, z, math.cos(angle), math.sin(angle), self.pieces)
 
-    def add(self, kind: int, shape: tuple[float, ...], paint: Paint, shades: bool) -> None:
+    def add(
+        self, kind: int, shape: tuple[float, ...], paint: Paint, shades: bool, piece: int = 0
+    ) -> None:
         self.kind.append(kind)
         self.shape.append(shape)
         self.label.append(LABEL[paint.label])
         self.material.append(MATERIAL[paint.material])
         self.colours.append((*paint.colour, *paint.accent, paint.scale))
         self.shades.append(shades)
+        self.piece.append(piece)
 
     def finish(self) -> tuple[Primitives, Looks]:
         shape = np.array(self.shape)
@@ -106,13 +112,18 @@ class Builder:
             colours[:, 3:6],
             colours[:, 6],
             np.array(self.shades),
+            np.array(self.piece, dtype=np.int64),
         )
         return solids, looks
 
 
 @dataclass(frozen=True)
 class Looks:
-    """Per solid: label, material, scale, whether it casts a shadow [P]; colour, accent [P, 3]."""
+    """Per solid: label, material, scale, whether it casts a shadow, piece; colour, accent.
+
+    Colours are [P, 3], all others [P].
+    piece: number of the thing that the solid is part of, from 1; 0 for the room itself
+    """
 
     label: npt.NDArray[np.int64]
     material: npt.NDArray[np.int64]
@@ -120,6 +131,7 @@ class Looks:
     accent: npt.NDArray[np.float32]
     scale: npt.NDArray[np.float32]
     shades: npt.NDArray[np.bool_]
+    piece: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -132,6 +144,7 @@ class Piece:
     z: float
     cosine: float
     sine: float
+    number: int
 
     def box(self, centre: Box3, size: Box3, paint: Paint, *, shades: bool = False) -> None:
         self._add(BOX, centre, size, paint, shades)
@@ -155,4 +168,4 @@ class Piece:
         x, y = self.place(centre[0], centre[1])
         half = (size[0] / 2, size[1] / 2, size[2] / 2)
         shape = (x, y, self.z + centre[2], *half, self.cosine, self.sine)
-        self.builder.add(kind, shape, paint, shades)
+        self.builder.add(kind, shape, paint, shades, self.number)

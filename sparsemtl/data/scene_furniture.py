@@ -184,7 +184,7 @@ def clutter(piece: Piece, dice: Dice, width: float, depth: float, height: float)
             continue
         x, y = slot * width + dice(-0.04, 0.04), dice(-0.3, 0.3) * depth
         px, py = piece.place(x, y)
-        small = Piece(piece.builder, px, py, height, piece.cosine, piece.sine)
+        small = Piece(piece.builder, px, py, height, piece.cosine, piece.sine, piece.number)
         dice.pick(SMALL)(small, dice)
 
 

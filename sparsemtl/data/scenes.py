@@ -1,5 +1,7 @@
 """`scenes`: furnished rooms, ray-cast on demand, with five targets exact to the geometry.
 
+Four more are classes of the whole picture; they have to be named to be had.
+
 A frame is a function of (seed, split, index) and the picture's size alone. Axes of the camera, of
 the points and of the normals: x right, y forward (into the picture), z up, as in the published
 NYUv2 normal files. Depth is perpendicular (along y) in metres, not along the ray.
@@ -15,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparsemtl.data import scene_targets
+from sparsemtl.data import scene_classes, scene_targets
 from sparsemtl.data.base import (
     DataSpec,
     MultitaskDataset,
@@ -36,7 +38,17 @@ TARGETS = {
     "depth": TargetSpec("depth", 1),
     "keypoints": TargetSpec("keypoints", 1),
     "edges": TargetSpec("edges", 1),
+    "dominant_colour": TargetSpec(
+        "classification", len(scene_classes.COLOURS), scene_classes.COLOURS
+    ),
+    "room_type": TargetSpec(
+        "classification", len(scene_classes.ROOM_TYPES), scene_classes.ROOM_TYPES
+    ),
+    "object_count": TargetSpec("classification", len(scene_classes.COUNTS), scene_classes.COUNTS),
+    "camera_pose": TargetSpec("classification", len(scene_classes.POSES), scene_classes.POSES),
 }
+CLASSIFICATION = tuple(name for name, spec in TARGETS.items() if spec.kind == "classification")
+DENSE = tuple(name for name in TARGETS if name not in CLASSIFICATION)  # what "all" means
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,7 @@ class Frame:
     """One rendered room before normalisation and augmentation.
 
     image [H, W, 3] uint8 RGB; segmentation [H, W] int64; normals [H, W, 3], depth, keypoints,
-    edges [H, W] float32
+    edges [H, W] float32; the four classes of the whole picture [1, 1] int64
     """
 
     image: npt.NDArray[np.uint8]
@@ -101,6 +113,10 @@ class Frame:
     depth: npt.NDArray[np.float32]
     keypoints: npt.NDArray[np.float32]
     edges: npt.NDArray[np.float32]
+    dominant_colour: npt.NDArray[np.int64]
+    room_type: npt.NDArray[np.int64]
+    object_count: npt.NDArray[np.int64]
+    camera_pose: npt.NDArray[np.int64]
 
     @property
     def nbytes(self) -> int:
@@ -120,7 +136,7 @@ class Scenes(MultitaskDataset):
             raise ValueError(f"scenes: Expected frames_{split} >= 1 to use {split!r}, got 0")
         self.config, self.split = config, split
         self.image_normalisation = config.image_normalisation
-        targets = select_tasks("scenes", TARGETS, tasks)
+        targets = select_tasks("scenes", TARGETS, DENSE if tasks is None else tasks)
         self.spec = DataSpec("scenes", targets, (config.height, config.width))
         self._frames: dict[int, Frame] = {}
         self._cached = 0
@@ -148,7 +164,8 @@ class Scenes(MultitaskDataset):
             mirrored = bool(np.random.default_rng(key).random() < 0.5)
         targets = {task: _target(frame, task) for task in self.spec.targets}
         everywhere = torch.ones(frame.depth.shape, dtype=torch.bool)
-        valid = {task: everywhere.clone() for task in targets}
+        once = torch.ones(1, 1, dtype=torch.bool)
+        valid = {t: (once if t in CLASSIFICATION else everywhere).clone() for t in targets}
         if "depth" in targets:
             valid["depth"] = targets["depth"][0] <= self.config.max_depth
             targets["depth"] = targets["depth"] * valid["depth"]
@@ -197,6 +214,15 @@ def render(config: ScenesConfig, split: str, index: int) -> Frame:
         depth.astype(np.float32),
         scene_targets.keypoints(room.solids, camera, depth, config.keypoint_sigma * height),
         scene_targets.edges(points, normals, config.edge_sigma * height),
+        *(
+            np.array([[label]], dtype=np.int64)
+            for label in (
+                scene_classes.dominant_colour(room, hits, seen),
+                scene_classes.room_type(room, hits),
+                scene_classes.object_count(room, hits),
+                scene_classes.camera_pose(room),
+            )
+        ),
     )
 
 
@@ -218,7 +244,7 @@ def _picture(
 
 def _target(frame: Frame, task: str) -> Tensor:
     array = torch.from_numpy(getattr(frame, task))
-    if task == "segmentation":
+    if array.dtype == torch.int64:
         return array.clone()
     if task == "normals":
         return array.permute(2, 0, 1).contiguous()
@@ -232,6 +258,9 @@ def _mirror(
     targets = {task: target.flip(-1) for task, target in targets.items()}
     if "normals" in targets:
         targets["normals"][0].neg_()
+    if "camera_pose" in targets:
+        pose = scene_classes.mirrored_pose(int(targets["camera_pose"]))
+        targets["camera_pose"] = torch.full((1, 1), pose)
     return image.flip(-1), targets, {task: mask.flip(-1) for task, mask in valid.items()}
 
 

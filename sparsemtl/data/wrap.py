@@ -37,9 +37,10 @@ def as_multitask(
     """Wrap a dataset that yields MultitaskSample, or dicts {"image": ..., task: ...}.
 
     A dict holds tensors or numpy arrays: image [3, H, W] floating; segmentation [H, W] whole
-    numbers; normals [3, H, W]; depth, keypoints and edges [1, H, W] or [H, W]; and optionally
-    "valid": {task: [H, W] bool}. A task without a mask is valid where its label is not
-    `ignore_index`, its normal is not 0, its depth is above 0; keypoints and edges everywhere.
+    numbers; classification one whole number; normals [3, H, W]; depth, keypoints and edges
+    [1, H, W] or [H, W]; and optionally "valid": {task: [H, W] bool}. A task without a mask is
+    valid where its label is not `ignore_index`, its class is not negative, its normal is not 0,
+    its depth is above 0; keypoints and edges everywhere.
 
     image_normalisation: what the images already are, so that pictures can be shown
     raises: TypeError if `dataset` has no length or items; each sample is checked when it is read
@@ -112,10 +113,14 @@ class _Wrapped(MultitaskDataset):
     def _target(
         self, who: str, task: str, target: Tensor, spec: TargetSpec
     ) -> tuple[Tensor, Tensor]:
-        if spec.kind == "segmentation":
+        if spec.kind in ("segmentation", "classification"):
+            if spec.kind == "classification" and target.numel() == 1:
+                target = target.reshape(1, 1)
             if target.is_floating_point():
                 raise DataError(f"{who}: Expected whole labels in {task}, got {target.dtype}")
             target = target.to(torch.int64)
+            if spec.kind == "classification":  # any number of classes: 255 may be one
+                return target, target >= 0
             return target, target != self._ignore
         target = target.to(torch.float32)
         if target.dim() == 2:

@@ -16,6 +16,7 @@ from sparsemtl.methods.disparse import (
     DiSparseStaticConfig,
 )
 from sparsemtl.methods.disparse_dynamic import DiSparseDynamic, DiSparseDynamicConfig
+from sparsemtl.methods.distinctiveness import Distinctiveness, DistinctivenessConfig
 from sparsemtl.methods.grasp import GraSP, GraSPConfig
 from sparsemtl.methods.imp import IMP, IMPConfig
 from sparsemtl.methods.lth import LTH, LTHConfig
@@ -39,6 +40,7 @@ METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "disparse-dynamic": (DiSparseDynamicConfig, DiSparseDynamic),
     "rigl": (RigLConfig, RigL),
     "adapmtl": (AdapMTLConfig, AdapMTL),
+    "distinctiveness": (DistinctivenessConfig, Distinctiveness),
 }
 
 MethodConfig = (
@@ -55,6 +57,7 @@ MethodConfig = (
     | DiSparseDynamicConfig
     | RigLConfig
     | AdapMTLConfig
+    | DistinctivenessConfig
 )
 
 
@@ -88,6 +91,8 @@ __all__ = [
     "DiSparseDynamicConfig",
     "DiSparsePTConfig",
     "DiSparseStaticConfig",
+    "Distinctiveness",
+    "DistinctivenessConfig",
     "GraSPConfig",
     "IMPConfig",
     "LTHConfig",

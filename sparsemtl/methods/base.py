@@ -22,6 +22,10 @@ class StepState(Protocol):
     def seed(self) -> int:
         """Of the run: what a method draws must depend on it alone."""
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every training sample is seen once."""
+
     def forward(self, batch: Any) -> dict[str, Tensor]:
         """Per-task losses of one batch, scalars with gradient."""
 
@@ -86,6 +90,9 @@ class Method:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
+    def before_load(self, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        """Give model and optimizer the shapes that they had when `state` was saved."""
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state:
             raise ValueError(f"{self.name}: Expected an empty method state, got {sorted(state)}")
@@ -106,6 +113,10 @@ class OwnLoop:
     step: int = 0
     batch: Any = None
     seed: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(1, len(self.batches))
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
         found: dict[str, Tensor] = self.losses(batch)

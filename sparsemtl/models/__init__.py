@@ -8,6 +8,7 @@ from sparsemtl.models.component import (
 )
 from sparsemtl.models.config import MODELS, ModelConfig, build_model
 from sparsemtl.models.heads import ASPPHead
+from sparsemtl.models.joint import HiddenLayer, JointClassifier, keep_units
 from sparsemtl.models.mtl import MultitaskModel
 
 __all__ = [
@@ -15,9 +16,12 @@ __all__ = [
     "ASPPHead",
     "Component",
     "ComponentMap",
+    "HiddenLayer",
+    "JointClassifier",
     "ModelConfig",
     "MultitaskModel",
     "build_model",
     "find_components",
+    "keep_units",
     "merge_components",
 ]

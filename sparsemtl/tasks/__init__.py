@@ -7,6 +7,7 @@ from typing import Any
 
 from sparsemtl.errors import unknown_choice
 from sparsemtl.tasks.base import Task, TaskMetrics
+from sparsemtl.tasks.classification import Classification
 from sparsemtl.tasks.constant import ConstantPredictor
 from sparsemtl.tasks.delta import Delta, delta
 from sparsemtl.tasks.depth import Depth
@@ -17,6 +18,7 @@ from sparsemtl.tasks.segmentation import Segmentation
 __all__ = [
     "RELEASED",
     "TASKS",
+    "Classification",
     "ConstantPredictor",
     "Delta",
     "Depth",
@@ -36,6 +38,7 @@ TASKS: dict[str, type[Task]] = {  # kind → class
     "depth": Depth,
     "keypoints": Keypoints,
     "edges": Edges,
+    "classification": Classification,
 }
 
 RELEASED: dict[str, dict[str, Any]] = {  # kind → options that measure as the released codes do
@@ -54,7 +57,7 @@ def make_task(name: str, kind: str, channels: int, **options: Any) -> Task:
 
     name:     the output's name, used in errors and reports
     kind:     one of TASKS
-    channels: of the prediction: classes for segmentation, 3 for normals, else 1
+    channels: of the prediction: classes for segmentation and classification, 3 for normals, else 1
     options:  fields of the kind's class, such as `miou_convention` or `resolution`
     raises:   ValueError for an unknown kind or value, TypeError for an unknown option
     """

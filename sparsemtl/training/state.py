@@ -157,6 +157,10 @@ class TrainState:
     def seed(self) -> int:
         return self.config.seed
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.dataset) // self.config.batch_size)
+
     def loss_weight(self, task: str) -> float:
         return float(self.config.loss_weights.get(task, 1.0))
 
@@ -236,6 +240,10 @@ class TrainState:
                 f"{path}: Expected a checkpoint of method {self.method.name!r}, "
                 f"got one of {state['method_name']!r}"
             )
+        try:
+            self.method.before_load(self.model, self.optimizer, state["method"])
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise CheckpointError(f"{path} is a checkpoint of another run: {error}") from error
         check_same_model(path, self.model.state_dict(), state["model"])
         if state["samples"] != len(self.dataset):
             raise CheckpointError(

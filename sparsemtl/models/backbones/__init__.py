@@ -2,5 +2,6 @@
 
 from sparsemtl.models.backbones.deeplab_resnet import DeepLabResNet
 from sparsemtl.models.backbones.mobilenetv2 import MobileNetV2
+from sparsemtl.models.backbones.vgg import VGG11
 
-__all__ = ["DeepLabResNet", "MobileNetV2"]
+__all__ = ["VGG11", "DeepLabResNet", "MobileNetV2"]
