@@ -23,6 +23,9 @@ using namespace sparsemtl;
 namespace sparsemtl::cpu {
 void bind_sparse_conv2d(py::module_& m);  // sparse_conv2d_module.cpp
 }
+namespace sparsemtl::engine {
+void bind_engine(py::module_& m);  // engine/module.cpp
+}
 
 namespace {
 
@@ -122,4 +125,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("HAS_CUDA") = false;
 #endif
   cpu::bind_sparse_conv2d(m);
+  engine::bind_engine(m);
 }

@@ -11,6 +11,7 @@
 #include "cpu/soft_threshold.h"
 #include "cpu/sparse_conv2d.h"
 #include "cpu/threshold_adam.h"
+#include "engine/rows.h"
 
 namespace sparsemtl::cpu {
 
@@ -20,6 +21,7 @@ struct Kernels {
   SparseConvKernels sparse_conv2d;
   ThresholdAdamKernel threshold_adam[3];  // by DType of the values
   RoofKernel roof;
+  engine::RowKernels rows;
 };
 
 const Kernels& kernels_generic();

@@ -16,6 +16,8 @@ namespace {
 #include "cpu/threshold_adam.inc.h"
 // after sparse_conv2d, whose multiply_add it uses
 #include "cpu/roof_body.h"
+// after sparse_conv2d, whose vectors it uses
+#include "engine/rows.inc.h"
 
 }  // namespace
 
@@ -28,6 +30,7 @@ const Kernels& kernels_avx2() {
       {kLanes, &sparse_conv2d_forward, &sparse_conv2d_weight_grad, &sparse_conv2d_fill_plane},
       {&threshold_adam<float>, &threshold_adam<Bf16>, &threshold_adam<Half>},
       {kLanes, &multiply_add_in_registers},
+      kRowKernels,
   };
   return kernels;
 }
