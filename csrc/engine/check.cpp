@@ -189,7 +189,10 @@ void check_one(const PhaseStep& s, const Slots& slots) {
   check_output(s.y, slots);
   require(s.stride_y >= 1 && s.stride_x >= 1 && s.stride_y < 1 << 20 && s.stride_x < 1 << 20,
           "positive strides");
-  require(s.y.batch == s.x.batch && s.y.channels == s.x.channels * s.stride_y * s.stride_x,
+  const int64_t phases = s.stride_y * s.stride_x;
+  require(s.first >= 0 && s.count >= 1 && s.first < phases && s.count <= phases - s.first,
+          "phases of the stride");
+  require(s.y.batch == s.x.batch && s.y.channels == s.x.channels * s.count,
           "a plane for each phase");
   require(s.y.height * s.stride_y >= s.x.height && s.y.width * s.stride_x >= s.x.width,
           "phases that hold the input");

@@ -133,6 +133,8 @@ Step read_phase(Given& g) {
   s.y = g.view();
   s.stride_y = g.integer();
   s.stride_x = g.integer();
+  s.first = g.integer();
+  s.count = g.integer();
   return s;
 }
 

@@ -35,6 +35,13 @@ Program::Program(int64_t arena, std::vector<int64_t> externals, std::vector<Step
   for (const Step& step : steps_) {
     check_step(step, sizes.data(), static_cast<int64_t>(sizes.size()));
   }
+  for (Step& step : steps_) {
+    ConvStep* conv = std::get_if<ConvStep>(&step);
+    if (conv == nullptr || conv->arguments.mode != cpu::ConvMode::kDirect) continue;
+    offsets_.emplace_back(static_cast<size_t>(conv->list.n_nonzeros));
+    cpu::sparse_conv2d_offsets(conv->arguments, conv->list, offsets_.back().data());
+    conv->arguments.offsets = offsets_.back().data();
+  }
 }
 
 // The arena starts as zeros: steps write pixels, never the zeros around them.

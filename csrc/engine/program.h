@@ -38,6 +38,7 @@ class Program {
   int64_t arena_;
   std::vector<int64_t> externals_;
   std::vector<Step> steps_;
+  std::vector<std::vector<int32_t>> offsets_;  // of the convolutions in direct mode
   mutable std::mutex mutex_;
   mutable std::vector<std::unique_ptr<Workspace>> waiting_;
 };

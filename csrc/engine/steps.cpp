@@ -66,14 +66,13 @@ int64_t scratch_one(const ConvStep& s, int threads) {
 
 void run_one(const PhaseStep& s, const Run& run) {
   const auto stride = rows().stride;
-  const int64_t phases = s.stride_y * s.stride_x;
   const float* x = run.at(s.x);
   float* y = run.at(s.y);
   each_plane(s.y, run, 0, [&](int64_t b, int64_t c, float*) {
-    const int64_t py = c % phases / s.stride_x, px = c % phases % s.stride_x;
+    const int64_t phase = s.first + c % s.count, py = phase / s.stride_x, px = phase % s.stride_x;
     const int64_t n_rows = s.x.height > py ? ceil_div(s.x.height - py, s.stride_y) : 0;
     const int64_t n = s.x.width > px ? ceil_div(s.x.width - px, s.stride_x) : 0;
-    const float* from = x + plane_at(s.x, b, c / phases) + py * s.x.pitch + px;
+    const float* from = x + plane_at(s.x, b, c / s.count) + py * s.x.pitch + px;
     float* to = y + plane_at(s.y, b, c);
     for (int64_t r = 0; r < n_rows; ++r) {
       stride(from + r * s.stride_y * s.x.pitch, s.stride_x, to + r * s.y.pitch, n);

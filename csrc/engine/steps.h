@@ -32,11 +32,12 @@ struct ConvStep {
   int act;
 };
 
-// y [channels · sy · sx] = the phases of x: phase (i, j) of a channel holds its pixels
-// (r · sy + i, q · sx + j). Pixels that x lacks are left alone.
+// y [channels · count] = phases of x: phase i · sx + j of a channel holds its pixels
+// (r · sy + i, q · sx + j). All of them from `first` = 0 on, or one. Pixels that x lacks are left
+// alone.
 struct PhaseStep {
   View x, y;
-  int64_t stride_y, stride_x;
+  int64_t stride_y, stride_x, first, count;
 };
 
 // y [rows][columns] -> [columns][rows]; views have one channel and one image

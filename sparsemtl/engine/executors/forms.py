@@ -1,0 +1,127 @@
+"""How a convolution of the native executor runs: its packed weight, mode and tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sparsemtl.engine.graph import Graph, Node
+from sparsemtl.engine.pack import PackedWeight
+from sparsemtl.ops.availability import native_module
+from sparsemtl.ops.sparse_conv2d_plan import (
+    DIRECT,
+    LINEAR,
+    TABLE,
+    Geometry,
+    Taps,
+    plan_pass,
+    taps_of_forward,
+)
+
+MODES = {"table": TABLE, "linear": LINEAR, "direct": DIRECT}
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to run a convolution.
+
+    mode:    "table", "linear" or "direct", see csrc/cpu/sparse_conv2d.h
+    vectors: registers of pixels in a tile
+    regions: whether pixels are ordered by the taps that they need; table mode only
+    """
+
+    weight: PackedWeight
+    mode: str
+    vectors: int
+    regions: bool
+
+    @property
+    def padded(self) -> bool:
+        """Whether zeros must stand around the input."""
+        return self.mode != "table"
+
+    def with_mode(self, mode: str) -> Form:
+        return replace(self, mode=mode, regions=self.regions and mode == "table")
+
+
+def geometry_of(node: Node) -> Geometry:
+    """Geometry of a conv2d node."""
+    a: dict[str, Any] = node.attrs
+    weight = node.weights["weight"]
+    return Geometry(
+        tuple(a["stride"]),
+        tuple(a["padding"]),
+        tuple(a["dilation"]),
+        (weight.shape[2], weight.shape[3]),
+        a["groups"],
+    )
+
+
+def default_form(node: Node, graph: Graph, weight: PackedWeight) -> Form:
+    """What the op `sparse_conv2d` would do, which measures nothing."""
+    if node.op == "linear":
+        return Form(weight, "table", _plan_linear(node, graph, weight), False)
+    g = geometry_of(node)
+    source, out = graph.shape(node.inputs[0]), graph.shape(node.output)
+    plan = plan_pass(
+        "forward",
+        taps_of_forward(g),
+        g.stride,
+        (source[0], source[1], source[2], source[3]),
+        (out[1], out[2], out[3]),
+        g.groups,
+        float(f"{weight.per_column:.1g}"),
+        weight.vector,
+        native_module().isa(),
+    )
+    mode, vectors, regions = plan.geometry[-3:]
+    name = next(key for key, value in MODES.items() if value == mode)
+    return Form(weight, name, vectors, bool(regions))
+
+
+def _plan_linear(node: Node, graph: Graph, weight: PackedWeight) -> int:
+    shape = graph.shape(node.inputs[0])
+    pixels = 1
+    for size in shape[:-1]:
+        pixels *= size
+    out, per_column = (weight.shape[0], 1, pixels), float(f"{weight.per_column:.1g}")
+    plan = plan_pass(
+        "forward", ((0, 0, 0),), (1, 1), (1, shape[-1], 1, pixels), out, 1, per_column,
+        weight.vector, native_module().isa(),
+    )  # fmt: skip
+    return int(plan.geometry[-2])
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a convolution reads of its input, split into phases by the stride.
+
+    taps:   (phase, dy, dx) of each tap, phases numbered among those in use
+    phases: the first in use and how many
+    gaps:   rows and columns of zeros that the planes must have around them, where padded
+    size:   height and width of a phase's plane
+    """
+
+    taps: Taps
+    phases: tuple[int, int]
+    gaps: tuple[int, int]
+    size: tuple[int, int]
+
+
+def reads_of(g: Geometry, source: tuple[int, int], out: tuple[int, int], padded: bool) -> Reads:
+    """source, out: height and width of input and output"""
+    taps = taps_of_forward(g)
+    used = {phase for phase, _, _ in taps}
+    phases = (min(used), 1) if len(used) == 1 else (0, g.stride[0] * g.stride[1])
+    size = (-(-source[0] // g.stride[0]), -(-source[1] // g.stride[1]))
+    renumbered = tuple((phase - phases[0], dy, dx) for phase, dy, dx in taps)
+    gaps = (0, 0)
+    if padded:
+        gaps = (_gap(taps, 1, size[0], out[0]), _gap(taps, 2, size[1], out[1]))
+    return Reads(renumbered, phases, gaps, size)
+
+
+def _gap(taps: Taps, axis: int, size: int, out: int) -> int:
+    """Zeros that the taps reach over, before the first pixel or after the last."""
+    shifts = [tap[axis] for tap in taps]
+    return max(0, -min(shifts), out - 1 + max(shifts) - (size - 1))
