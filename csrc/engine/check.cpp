@@ -224,15 +224,13 @@ void check_one(const DepthwiseStep& s, const Slots& slots) {
   }
   Wide low = 0, high = 0;
   for (int64_t k = 0; k < s.y.channels; ++k) {
-    require(s.first[k] >= 0 && s.first[k] <= s.first[k + 1], "taps in the order of channels");
     for (int64_t t = s.first[k]; t < s.first[k + 1]; ++t) {
       low = std::min<Wide>(low, s.offsets[t]);
       high = std::max<Wide>(high, s.offsets[t]);
     }
   }
   if (empty(s.y)) return;
-  // A row is read by whole vectors.
-  high += static_cast<Wide>(s.y.height - 1) * s.step_y + s.y.width + 16;
+  high += static_cast<Wide>(s.y.height - 1) * s.step_y + s.y.width;
   if (s.in_place) {
     check_span(s.x, slots, low, last_plane(s.x) + high);
     return;

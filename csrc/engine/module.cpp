@@ -163,7 +163,11 @@ Step read_depthwise(Given& g) {
   s.offsets = g.array<int32_t>(0, &offsets);
   s.weights = g.array<float>(offsets);
   s.bias = g.optional<float>(has_bias, s.y.channels);
-  if (s.y.channels < 0 || s.first[s.y.channels] > offsets) g.refuse("taps within their array");
+  if (s.y.channels < 0) g.refuse("channels from 0 on");
+  for (int64_t k = 0; k < s.y.channels; ++k) {
+    const bool ordered = s.first[k] >= 0 && s.first[k] <= s.first[k + 1];
+    if (!ordered || s.first[k + 1] > offsets) g.refuse("taps within their array, in order");
+  }
   return s;
 }
 

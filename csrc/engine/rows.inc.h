@@ -152,6 +152,9 @@ void stride_row(const float* x, int64_t stride, float* y, int64_t n) {
   }
 }
 
+constexpr uint32_t kAllLanes = static_cast<uint32_t>((uint64_t{1} << kLanes) - 1);
+
+// The last vector is read and written in the lanes of `run`.
 template <int P>
 inline __attribute__((always_inline)) void taps_piece(const float* x, const int32_t* offsets,
                                                       const float* weights, int64_t n_taps,
@@ -163,12 +166,13 @@ inline __attribute__((always_inline)) void taps_piece(const float* x, const int3
     const float* from = x + offsets[t];
     const Vec w = broadcast(weights[t]);
     SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) {
-      sums[p] = multiply_add(w, load(from + p * kLanes), sums[p]);
+      const Vec v = p < P - 1 || run == kAllLanes ? load(from + p * kLanes)
+                                                  : load_run(zeros(), run, from + p * kLanes);
+      sums[p] = multiply_add(w, v, sums[p]);
     }
   }
-  constexpr uint32_t kFull = static_cast<uint32_t>((uint64_t{1} << kLanes) - 1);
   SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) {
-    const uint32_t lanes = p == P - 1 ? run : kFull;
+    const uint32_t lanes = p == P - 1 ? run : kAllLanes;
     if (residual != nullptr) {
       sums[p] = add(sums[p], load_run(zeros(), lanes, residual + p * kLanes));
     }
@@ -176,19 +180,17 @@ inline __attribute__((always_inline)) void taps_piece(const float* x, const int3
   }
 }
 
-// Reads up to a vector past the last pixel.
 void taps_row(const float* x, const int32_t* offsets, const float* weights, int64_t n_taps,
               float bias, const float* residual, int act, float* y, int64_t n) {
-  constexpr uint32_t kFull = static_cast<uint32_t>((uint64_t{1} << kLanes) - 1);
   const Vec b = broadcast(bias);
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
     taps_piece<4>(x + i, offsets, weights, n_taps, b, residual == nullptr ? nullptr : residual + i,
-                  act, y + i, kFull);
+                  act, y + i, kAllLanes);
   }
   for (; i < n; i += kLanes) {
     const int64_t left = n - i;
-    const uint32_t run = left >= kLanes ? kFull : (1u << left) - 1;
+    const uint32_t run = left >= kLanes ? kAllLanes : (1u << left) - 1;
     taps_piece<1>(x + i, offsets, weights, n_taps, b, residual == nullptr ? nullptr : residual + i,
                   act, y + i, run);
   }

@@ -28,23 +28,23 @@ class PackedWeight:
     structure: str
     shape: tuple[int, int, int, int]
     groups: int
-    list: PackedList
+    packed: PackedList
 
     @property
     def nonzeros(self) -> int:
-        return self.list.nonzeros * self.list.sizes[3]
+        return self.packed.nonzeros * self.packed.sizes[3]
 
     @property
     def per_column(self) -> float:
-        return self.list.per_column
+        return self.packed.per_column
 
     @property
     def vector(self) -> int:
-        return self.list.sizes[3]
+        return self.packed.sizes[3]
 
     def arrays(self) -> list[np.ndarray]:
         """As csrc/engine/module.cpp reads them."""
-        return [array.numpy() for array in (*self.list.arrays.values(), self.list.values)]
+        return [array.numpy() for array in (*self.packed.arrays.values(), self.packed.values)]
 
     @property
     def bytes(self) -> int:

@@ -141,9 +141,7 @@ class Buffer:
         count = all_channels if channels is None else channels
         offset = channel * self.plane + (0 if self.slot else self.offset + self.lead)
         image = all_channels * self.plane
-        return View(
-            self.slot, offset, (batch, count, height, width), image, self.plane, self.pitch
-        )
+        return View(self.slot, offset, (batch, count, height, width), image, self.plane, self.pitch)
 
 
 def place(buffers: list[Buffer]) -> int:

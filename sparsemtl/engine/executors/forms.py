@@ -62,13 +62,13 @@ def default_form(node: Node, graph: Graph, weight: PackedWeight) -> Form:
     if node.op == "linear":
         return Form(weight, "table", _plan_linear(node, graph, weight), False)
     g = geometry_of(node)
-    source, out = graph.shape(node.inputs[0]), graph.shape(node.output)
+    source, out = graph.shape(node.inputs[0]), graph.shape(node.outputs[0])
     plan = plan_pass(
         "forward",
         taps_of_forward(g),
         g.stride,
         (source[0], source[1], source[2], source[3]),
-        (out[1], out[2], out[3]),
+        (weight.shape[0], out[2], out[3]),
         g.groups,
         float(f"{weight.per_column:.1g}"),
         weight.vector,

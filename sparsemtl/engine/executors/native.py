@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsemtl.engine.executors.dense import DenseExecutor
 from sparsemtl.engine.executors.forms import Form, default_form
-from sparsemtl.engine.executors.steps import Segment, lower
+from sparsemtl.engine.executors.homes import Segment
+from sparsemtl.engine.executors.merge import merge_parallel
+from sparsemtl.engine.executors.steps import lower
 from sparsemtl.engine.executors.support import why_not
-from sparsemtl.engine.executors.torch import run_nodes
 from sparsemtl.engine.graph import Graph, Node
-from sparsemtl.engine.pack import pack_weight
+from sparsemtl.engine.pack import density, pack_weight
 from sparsemtl.ops.availability import native_module
+
+# Denser convolutions have arithmetic enough to hide what gathering their input costs.
+_MERGED_DENSITY = 0.15
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,10 @@ class StepTime:
 
 def is_depthwise(node: Node, graph: Graph) -> bool:
     """Whether a convolution has a group for each input channel, so that there is nothing to sum."""
+    if node.op != "conv2d":
+        return False
     channels = graph.shape(node.inputs[0])[1]
-    return node.op == "conv2d" and node.attrs["groups"] == channels and channels > 1
+    return node.attrs["groups"] == channels and channels > 1
 
 
 def packable(node: Node, graph: Graph) -> bool:
@@ -42,11 +50,23 @@ def default_forms(graph: Graph) -> dict[str, Form]:
     """A sparse form for each node that has one, unmeasured."""
     return {
         node.name: default_form(
-            node, graph, pack_weight(node.weights["weight"], int(node.attrs.get("groups", 1)))  # type: ignore[arg-type]
+            node,
+            graph,
+            pack_weight(node.weights["weight"], int(node.attrs.get("groups", 1))),  # type: ignore[arg-type]
         )
         for node in graph.nodes
         if packable(node, graph) and why_not(node, graph) is None
     }
+
+
+def prepared(graph: Graph) -> Graph:
+    """The graph as the native executor runs it: convolutions of one input and geometry merged."""
+
+    def wanted(node: Node) -> bool:
+        sparse = density(node.weights["weight"]) <= _MERGED_DENSITY
+        return sparse and packable(node, graph) and why_not(node, graph) is None
+
+    return merge_parallel(graph, wanted)
 
 
 class NativeExecutor:
@@ -59,21 +79,23 @@ class NativeExecutor:
 
     def __init__(self, graph: Graph, forms: Mapping[str, Form]) -> None:
         self.graph = graph
+        self._torch: list[DenseExecutor | None] = []
         self.segments = _segments(graph, forms)
         self._drop = _last_reads(graph, self.segments)
         self._programs: list[Any] = []
         self._labels: list[list[tuple[str, str]]] = []
         for is_native, segment in self.segments:
             if not is_native:
+                self._torch.append(DenseExecutor(graph, segment.nodes))
                 self._programs.append(None)
                 self._labels.append([])
                 continue
+            self._torch.append(None)
             lowered = lower(graph, segment, forms)
-            program = native_module().EngineProgram(
-                lowered.arena, lowered.externals, lowered.steps
-            )
+            program = native_module().EngineProgram(lowered.arena, lowered.externals, lowered.steps)
             self._programs.append(program)
             self._labels.append(lowered.labels)
+        self.graph = _without_weights(graph)  # they are packed
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
         """The graph's outputs.   inputs: as the graph declares them"""
@@ -96,14 +118,19 @@ class NativeExecutor:
     def _run(self, inputs: tuple[Tensor, ...], times: list[StepTime] | None) -> dict[str, Tensor]:
         values = dict(zip(self.graph.inputs, inputs, strict=True))
         with torch.inference_mode():
-            for i, (is_native, segment) in enumerate(self.segments):
-                if is_native:
+            for i, (_, segment) in enumerate(self.segments):
+                torch_part = self._torch[i]
+                if torch_part is None:
                     self._run_native(i, segment, values, times)
                 else:
-                    run_nodes(segment.nodes, values, {})
+                    begin = time.perf_counter()
+                    torch_part.run(values)
+                    if times is not None:
+                        names = ", ".join(node.name for node in segment.nodes)
+                        times.append(StepTime(names, "torch", time.perf_counter() - begin))
                 for name in self._drop[i]:
                     del values[name]
-        return {task: values[name] for task, name in self.graph.outputs.items()}
+        return {task: values[name].contiguous() for task, name in self.graph.outputs.items()}
 
     def _run_native(
         self, i: int, segment: Segment, values: dict[str, Tensor], times: list[StepTime] | None
@@ -120,6 +147,13 @@ class NativeExecutor:
             labelled = zip(self._labels[i], seconds, strict=True)
             times += [StepTime(node, what, s) for (node, what), s in labelled]
         values.update(zip(segment.writes, writes, strict=True))
+
+
+def _without_weights(graph: Graph) -> Graph:
+    bare = graph.copy()
+    for node in bare.nodes:
+        node.weights = {}
+    return bare
 
 
 def _segments(graph: Graph, forms: Mapping[str, Form]) -> list[tuple[bool, Segment]]:

@@ -1,8 +1,7 @@
-"""From the engine's graph to the steps of a native program: homes in memory, then steps.
+"""From the engine's graph to the steps of a native program.
 
-A value's home is a buffer, or some channels of one: the inputs of a concatenation are computed
-where it wants them, a residual's sum takes the place of the residual, and what a padded
-convolution reads stands between zeros already. Only then are buffers placed and steps written.
+Homes in memory are found first, node by node, and steps are noted that will read and write them;
+only then are buffers placed and steps written down.
 """
 
 from __future__ import annotations
@@ -16,37 +15,16 @@ import numpy as np
 import torch
 
 from sparsemtl.engine.executors import windows
-from sparsemtl.engine.executors.buffers import Buffer, View, contiguous, four, place
+from sparsemtl.engine.executors.buffers import View, contiguous, place
 from sparsemtl.engine.executors.forms import MODES, Form, Reads, geometry_of, reads_of
+from sparsemtl.engine.executors.homes import MAPS, Home, Homes, Segment
 from sparsemtl.engine.executors.support import axis
 from sparsemtl.engine.graph import Graph, Node
 
 ACTIVATIONS = {"": 0, "relu": 1, "relu6": 2}
-MAPS = {"copy": 0, "relu": 1, "relu6": 2, "clamp": 3, "sigmoid": 4, "silu": 5, "hardswish": 6}
 _MOST_TERMS = 8
 
 NativeStep = tuple[str, list[list[int]], list[float], list[np.ndarray]]
-
-
-@dataclass
-class Home:
-    """Channels [channel, channel + shape[1]) of a buffer."""
-
-    buffer: Buffer
-    channel: int
-    shape: tuple[int, int, int, int]
-
-    def view(self) -> View:
-        return self.buffer.view(self.channel, self.shape[1])
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Nodes that one program runs.   reads, writes: values that it takes and gives, in order"""
-
-    nodes: tuple[Node, ...]
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -70,153 +48,32 @@ def lower(graph: Graph, segment: Segment, forms: Mapping[str, Form]) -> Lowered:
 class _Lowering:
     def __init__(self, graph: Graph, segment: Segment, forms: Mapping[str, Form]) -> None:
         self.graph, self.segment, self.forms = graph, segment, forms
-        self.buffers: list[Buffer] = []
-        self.homes: dict[str, Home] = {}
-        self.pending: list[tuple[str, str, Callable[[], NativeStep]]] = []
-        self.padded: dict[tuple[str, tuple[object, ...]], Home] = {}  # copies for convolutions
-        self.external = {name: slot + 1 for slot, name in enumerate(segment.reads)}
-        for slot, name in enumerate(segment.writes):
-            self.external[name] = len(segment.reads) + 1 + slot
         self.reads = {
-            node.name: self._reads(node) for node in segment.nodes if node.name in forms
+            node.name: self._reads(node)
+            for node in segment.nodes
+            if node.op == "conv2d" and node.name in forms
         }
-        self.last_read = {
-            name: place for place, node in enumerate(segment.nodes) for name in node.inputs
-        }
+        self.homes = Homes(graph, segment, self.reads)
+        self.pending: list[tuple[str, str, Callable[[], NativeStep]]] = []
+        self.copies: dict[tuple[object, ...], Home] = {}  # for convolutions that want them
 
     def run(self) -> Lowered:
-        inside = {name for node in self.segment.nodes for name in node.outputs}
-        self.slices = self._find_slices(inside)
-        self.gaps = self._find_gaps()
-        for name in self.segment.reads:
-            self.homes[name] = self._external_home(name)
-        for place_, node in enumerate(self.segment.nodes):
-            self._home_of(node, place_)
+        for at, node in enumerate(self.segment.nodes):
+            self.homes.enter(node, at)
             _EMIT[node.op](self, node)
-        self._write_outputs()
-        arena = place(self.buffers)
-        steps = [build() for _, _, build in self.pending]
-        values = (*self.segment.reads, *self.segment.writes)
-        sizes = [self._floats(name) for name in values]
-        return Lowered(arena, sizes, steps, [(node, what) for node, what, _ in self.pending])
-
-    # Homes.
-
-    def _floats(self, name: str) -> int:
-        value = self.graph.values[name]
-        return prod(value.shape) * value.dtype.itemsize // 4
-
-    def _shape(self, name: str) -> tuple[int, int, int, int]:
-        return four(self.graph.shape(name))
-
-    def _reads(self, node: Node) -> Reads | None:
-        if node.op != "conv2d":
-            return None
-        source, out = self.graph.shape(node.inputs[0]), self.graph.shape(node.output)
-        form = self.forms[node.name]
-        return reads_of(geometry_of(node), source[2:], out[2:], form.padded)  # type: ignore[arg-type]
-
-    def _find_gaps(self) -> dict[str, tuple[int, int]]:
-        """Zeros that convolutions without a stride want around a value."""
-        gaps: dict[str, tuple[int, int]] = {}
-        for node in self.segment.nodes:
-            reads = self.reads.get(node.name)
-            if reads is None or node.attrs["stride"] != (1, 1):
-                continue
-            y, x = gaps.get(node.inputs[0], (0, 0))
-            gaps[node.inputs[0]] = (max(y, reads.gaps[0]), max(x, reads.gaps[1]))
-        return gaps
-
-    def _find_slices(self, inside: set[str]) -> dict[str, tuple[Node, int]]:
-        """Values that are computed where a concatenation wants them, and from which channel on."""
-        slices: dict[str, tuple[Node, int]] = {}
-        for node in self.segment.nodes:
-            if node.op != "concat" or len(self.graph.shape(node.output)) != 4:
-                continue
-            channel = 0
-            for name in node.inputs:
-                free = name in inside and name not in slices and name not in self.external
-                if free and node.inputs.count(name) == 1:
-                    slices[name] = (node, channel)
-                channel += self.graph.shape(name)[1]
-        return slices
-
-    def _new_buffer(self, shape: tuple[int, int, int, int], **details: Any) -> Buffer:
-        buffer = Buffer(shape, **details)
-        self.buffers.append(buffer)
-        return buffer
-
-    def _external_home(self, name: str) -> Home:
-        shape = self._shape(name)
-        return Home(self._new_buffer(shape, slot=self.external[name]), 0, shape)
-
-    def _arena_home(self, name: str) -> Home:
-        shape, packed = self._shape(name), len(self.graph.shape(name)) < 4
-        return Home(self._new_buffer(shape, packed=packed), 0, shape)
-
-    def _home_of(self, node: Node, place_: int) -> None:
-        """Find the home of what the node writes."""
-        name = node.output
-        if name in self.homes:
-            return  # begun by the first input of a concatenation
-        home = self._slice_home(name) or self._home_in_place(node, place_)
-        if home is None:
-            if name in self.external and self.gaps.get(name, (0, 0)) == (0, 0):
-                home = self._external_home(name)
-            else:
-                home = self._arena_home(name)
-        self.homes[name] = home
-        self._widen(home, name)
-
-    def _slice_home(self, name: str) -> Home | None:
-        if name not in self.slices:
-            return None
-        node, channel = self.slices[name]
-        whole = self.homes.get(node.output)
-        if whole is None:
-            whole = self._slice_home(node.output)
-            if whole is None:
-                gaps = [self.gaps.get(n, (0, 0)) for n in self._family(node)]
-                outside = node.output in self.external and set(gaps) == {(0, 0)}
-                whole = (self._external_home if outside else self._arena_home)(node.output)
-            self.homes[node.output] = whole
-            self._widen(whole, node.output)
-        return Home(whole.buffer, whole.channel + channel, self._shape(name))
-
-    def _family(self, node: Node) -> list[str]:
-        """A concatenation and what is computed into it, at any depth."""
-        names = [node.output]
-        for name, (into, _) in self.slices.items():
-            if into is node:
-                names.append(name)
-                names += [n for n, (deep, _) in self.slices.items() if name == deep.output]
-        return names
-
-    def _home_in_place(self, node: Node, place_: int) -> Home | None:
-        """The home of an input that nobody reads after this node, where it may be overwritten."""
-        if node.output in self.external:
-            return None
-        for name in _overwritten(node):
-            home = self.homes[name]
-            same = self.graph.shape(name) == self.graph.shape(node.output)
-            dead = self.last_read[name] == place_ and node.inputs.count(name) == 1
-            if same and dead and home.buffer.slot == 0 and name not in self.external:
-                return home
-        return None
-
-    def _widen(self, home: Home, name: str) -> None:
-        y, x = self.gaps.get(name, (0, 0))
-        if (y, x) != (0, 0):
-            old = home.buffer.gaps
-            home.buffer.gaps = (max(old[0], y), max(old[1], x))
-
-    def _write_outputs(self) -> None:
         for name in self.segment.writes:
             home = self.homes[name]
-            if home.buffer.slot != self.external[name]:
-                self._map(name, "output", home, self._external_home(name))
+            if home.buffer.slot != self.homes.slots[name]:
+                self._map(name, "output", home, self.homes.outside(name))
+        arena = place(self.homes.buffers)
+        steps = [build() for _, _, build in self.pending]
+        labels = [(node, what) for node, what, _ in self.pending]
+        return Lowered(arena, self.homes.external_sizes, steps, labels)
 
-    # Steps.
+    def _reads(self, node: Node) -> Reads:
+        source, out = self.graph.shape(node.inputs[0]), self.graph.shape(node.outputs[0])
+        padded = self.forms[node.name].padded
+        return reads_of(geometry_of(node), (source[2], source[3]), (out[2], out[3]), padded)
 
     def _step(
         self, node: str, what: str, homes: Sequence[Home], build: Callable[[], NativeStep]
@@ -247,14 +104,14 @@ class _Lowering:
         if stride == (1, 1) and not (padded and home.buffer.slot):
             return home
         key = (stride, reads.phases, reads.gaps)
-        known = self.padded.get((node.inputs[0], key))
+        known = self.copies.get((node.inputs[0], key))
         if known is not None:
             return known
         batch, channels, height, width = home.shape
         shape = (batch, channels * reads.phases[1], *reads.size)
         kind = ("phases", key, height, width)
-        copy = Home(self._new_buffer(shape, gaps=reads.gaps, kind=kind), 0, shape)
-        self.padded[node.inputs[0], key] = copy
+        copy = self.homes.new(shape, gaps=reads.gaps, kind=kind)
+        self.copies[node.inputs[0], key] = copy
         numbers = [float(n) for n in (*stride, *reads.phases)]  # type: ignore[misc]
         self._step(
             node.name,
@@ -272,8 +129,10 @@ class _Lowering:
         assert reads is not None
         source = self._source(node, reads, form.padded)
         taps = np.array(reads.taps, dtype=np.int32).reshape(-1)
-        residual = [self.homes[name] for name in node.inputs[1:]]
-        self._conv(node, form, source, self.homes[node.output], residual, reads.phases[1], taps)
+        residual, y = [self.homes[name] for name in node.inputs[1:]], self.homes[node.outputs[0]]
+        if len(node.outputs) > 1:
+            y = Home(y.buffer, 0, y.buffer.shape)
+        self._conv(node, form, source, y, residual, reads.phases[1], taps)
 
     def _conv(
         self,
@@ -294,7 +153,7 @@ class _Lowering:
             arrays.append(bias.detach().contiguous().numpy())
         setting = [phases, form.weight.groups, MODES[form.mode], form.vectors, form.regions, act]
         flags = [len(residual) > 0, bias is not None]
-        numbers = [float(n) for n in (*flags, *setting, *form.weight.list.sizes)]
+        numbers = [float(n) for n in (*flags, *setting, *form.weight.packed.sizes)]
 
         def build() -> NativeStep:
             views = [home.view().numbers for home in (source, y, *residual)]
@@ -308,9 +167,7 @@ class _Lowering:
         *rows, channels = self.graph.shape(node.inputs[0])
         count, out = prod(rows), self.graph.shape(node.output)[-1]
         tap = np.zeros(3, dtype=np.int32)
-        across, back = [
-            Home(self._new_buffer((1, c, 1, count)), 0, (1, c, 1, count)) for c in (channels, out)
-        ]
+        across, back = (self.homes.new((1, c, 1, count)) for c in (channels, out))
         self._transpose(node, x, across, forward=True)
         self._conv(node, form, across, back, [], 1, tap)
         self._transpose(node, y, back, forward=False)
@@ -340,8 +197,7 @@ class _Lowering:
         pitch, height = reads.size[1] + left, reads.size[0] + 2 * top
         lead = -(-left // 16) * 16
         shifts = [
-            ((phase + reads.phases[0]) * height + dy) * pitch + dx
-            for phase, dy, dx in reads.taps
+            ((phase + reads.phases[0]) * height + dy) * pitch + dx for phase, dy, dx in reads.taps
         ]
         weight = node.weights["weight"].detach().reshape(y.shape[1], -1).numpy()
         bias = node.weights.get("bias")
@@ -388,7 +244,7 @@ class _Lowering:
 
     def avg_pool2d(self, node: Node) -> None:
         a: dict[str, Any] = node.attrs
-        source, out = self._shape(node.inputs[0]), self._shape(node.output)
+        source, out = self.homes.shape(node.inputs[0]), self.homes.shape(node.output)
         arrays = []
         for i in range(2):
             parts = a["kernel"][i], a["stride"][i], a["padding"][i], a["count_include_pad"]
@@ -396,10 +252,11 @@ class _Lowering:
         self._simple(node, "mean", [], arrays)
 
     def adaptive_avg_pool2d(self, node: Node) -> None:
-        source = self._shape(node.inputs[0])
+        source = self.homes.shape(node.inputs[0])
         size: Any = node.attrs["size"]
-        arrays = [*windows.adaptive_windows(source[2], size[0]).arrays]
-        self._simple(node, "mean", [], [*arrays, *windows.adaptive_windows(source[3], size[1]).arrays])
+        arrays = windows.adaptive_windows(source[2], size[0]).arrays
+        arrays = [*arrays, *windows.adaptive_windows(source[3], size[1]).arrays]
+        self._simple(node, "mean", [], arrays)
 
     def mean(self, node: Node) -> None:
         """Over pixels; the output [B, C] or [B, C, 1, 1] is the same in memory."""
@@ -427,7 +284,7 @@ class _Lowering:
         )
 
     def resize(self, node: Node) -> None:
-        source, out = self._shape(node.inputs[0]), self._shape(node.output)
+        source, out = self.homes.shape(node.inputs[0]), self.homes.shape(node.output)
         is_nearest = node.attrs["mode"] == "nearest"
         arrays = []
         for i in (2, 3):
@@ -510,7 +367,7 @@ class _Lowering:
         if x.shape == y.shape:
             self._map(node.name, "copy", x, y)
             return
-        between = Home(self._new_buffer(x.shape, packed=True), 0, x.shape)
+        between = self.homes.new(x.shape, packed=True)
         again = Home(between.buffer, 0, y.shape)
 
         def read() -> NativeStep:
@@ -551,7 +408,7 @@ class _Lowering:
         )
 
     def argmax(self, node: Node) -> None:
-        x, slot = self.homes[node.inputs[0]], self.external[node.output]
+        x, slot = self.homes[node.inputs[0]], self.homes.slots[node.output]
         self._step(
             node.name,
             "argmax",
@@ -566,19 +423,8 @@ def _cut(views: list[View]) -> list[View]:
     for parts in (64, 32, 16, 8, 4, 2):
         if floats % parts == 0 and floats // parts >= 1024:
             size = floats // parts
-            return [
-                View(v.slot, v.offset, (1, parts, 1, size), floats, size, size) for v in views
-            ]
+            return [View(v.slot, v.offset, (1, parts, 1, size), floats, size, size) for v in views]
     return views
-
-
-def _overwritten(node: Node) -> Sequence[str]:
-    """Inputs in whose place the output may be computed: pixel by pixel, read before written."""
-    if node.op == "conv2d":
-        return node.inputs[1:]
-    if node.op in ("add", "mul", "sum"):
-        return node.inputs
-    return node.inputs[:1] if node.op in ("relu", "relu6", "clamp", "sigmoid", "silu", "hardswish") else ()
 
 
 def _taps_of(weight: np.ndarray, shifts: np.ndarray) -> list[np.ndarray]:

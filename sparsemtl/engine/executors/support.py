@@ -104,8 +104,6 @@ _RULES = {
     "softmax": _class_axis,
     "argmax": _class_axis,
     "mean": _mean,
-    **dict.fromkeys(
-        ("relu", "relu6", "clamp", "sigmoid", "silu", "hardswish"), _never
-    ),
+    **dict.fromkeys(("relu", "relu6", "clamp", "sigmoid", "silu", "hardswish"), _never),
     **dict.fromkeys(("identity", "flatten", "reshape"), _never),
 }

@@ -18,7 +18,7 @@ class TorchExecutor:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._drop_after = _last_reads(graph)
+        self._drop_after = last_reads(graph)
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
         """The graph's outputs.   inputs: as the graph declares them"""
@@ -39,7 +39,7 @@ def run_nodes(
             del values[name]
 
 
-def _last_reads(graph: Graph) -> dict[str, tuple[str, ...]]:
+def last_reads(graph: Graph) -> dict[str, tuple[str, ...]]:
     """Node → the values that it is the last to touch and that are no output."""
     last = {name: node.name for node in graph.nodes for name in (*node.inputs, *node.outputs)}
     kept = set(graph.outputs.values())

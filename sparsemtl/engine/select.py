@@ -1,0 +1,284 @@
+"""Which kernel each layer runs on: timed on this machine, on the layer's own shapes.
+
+A layer's candidates are torch's fused dense convolution, and the sparse kernel in each structure
+that the weight's zeros have, mode and tile width. Choices are kept in a file of this machine beside
+those of training (`SPARSEMTL_CACHE`), by shape, geometry and density bucket.
+
+Afterwards the whole is weighed: torch keeps its tensors in an order of its own, so that one dense
+layer between sparse ones pays for two conversions, while a model without zeros is fastest as a
+whole in torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsemtl.engine.choices import known_times, remember_times
+from sparsemtl.engine.executors.dense import DenseExecutor, dense_call
+from sparsemtl.engine.executors.forms import MODES, Form, default_form, geometry_of
+from sparsemtl.engine.executors.native import NativeExecutor, packable, prepared
+from sparsemtl.engine.executors.support import why_not
+from sparsemtl.engine.graph import Graph, Node, Value
+from sparsemtl.engine.pack import PackedWeight, density, pack_weight, structures_of
+from sparsemtl.errors import unknown_choice
+from sparsemtl.ops.availability import why_not_native
+from sparsemtl.sparsity.choice import density_bucket
+from sparsemtl.timing import interleave
+
+SELECT = ("measured", "sparse", "dense")
+DENSE = "dense"
+ROUNDS, BUDGET = 5, 0.5  # timed rounds of a layer, and seconds after which no further one begins
+MARGIN = 0.95  # another candidate than the default must be this much faster
+# More candidates than this are not worth their time; the first is the default.
+_WIDTHS = (4, 6, 8, 12)
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What one layer runs on and why.
+
+    density:    share of weights that are not zero
+    candidates: name → seconds, measured alone; empty where nothing was measured
+    choice:     one of them: "dense", or "structure/mode/vectors" of a sparse form
+    """
+
+    layer: str
+    density: float
+    candidates: dict[str, float]
+    choice: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Choices by layer, and whether torch runs the whole graph."""
+
+    layers: dict[str, LayerChoice] = field(default_factory=dict)
+    whole: str = "native"
+
+    def state(self) -> dict[str, Any]:
+        """As plain data for a file."""
+        return {
+            "whole": self.whole,
+            "layers": {
+                name: [c.layer, c.density, c.candidates, c.choice, c.reason]
+                for name, c in self.layers.items()
+            },
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Selection:
+        """raises: ValueError for what `state` never wrote."""
+        try:
+            layers = {
+                str(name): LayerChoice(
+                    str(c[0]),
+                    float(c[1]),
+                    {str(k): float(v) for k, v in c[2].items()},
+                    str(c[3]),
+                    str(c[4]),
+                )
+                for name, c in state["layers"].items()
+            }
+            whole = state["whole"]
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"Selection: Expected layers and whole, got {error!r}") from error
+        if whole not in ("native", DENSE):
+            raise ValueError(f"Selection: {unknown_choice('whole', whole, ('native', DENSE))}")
+        for choice in layers.values():
+            parse_form(choice.choice)
+        return cls(layers, whole)
+
+
+def parse_form(name: str) -> tuple[str, str, int] | None:
+    """Structure, mode and vectors of a form's name; None for "dense".
+
+    raises: ValueError for another name
+    """
+    if name == DENSE:
+        return None
+    parts = name.split("/")
+    good = len(parts) == 3 and parts[1] in MODES and parts[2] in {str(w) for w in range(1, 13)}
+    if not good or parts[0] not in ("element", "vector(4)", "vector(8)", "vector(16)"):
+        raise ValueError(f"Selection: Expected structure/mode/vectors, got {name!r}")
+    return parts[0], parts[1], int(parts[2])
+
+
+def form_name(form: Form) -> str:
+    return f"{form.weight.structure}/{form.mode}/{form.vectors}"
+
+
+def executor_of(graph: Graph, selection: Selection) -> NativeExecutor | DenseExecutor:
+    """What runs the graph as selected.   graph: as `select` was given it"""
+    if selection.whole == DENSE or why_not_native() is not None:
+        return DenseExecutor(graph)
+    merged = prepared(graph)
+    forms = {}
+    for node in merged.nodes:
+        choice = selection.layers.get(node.name)
+        if choice is None or choice.choice == DENSE or why_not(node, merged) is not None:
+            continue
+        forms[node.name] = _form_of(node, merged, choice.choice)
+    return NativeExecutor(merged, forms)
+
+
+def select(graph: Graph, mode: str = "measured") -> Selection:
+    """Choose for each layer of a graph.
+
+    mode:   "measured"; "sparse" and "dense" measure nothing
+    raises: ValueError for another mode
+    """
+    if mode not in SELECT:
+        raise ValueError(f"select: {unknown_choice('mode', mode, SELECT)}")
+    merged = prepared(graph)
+    nodes = [n for n in merged.nodes if packable(n, merged) and why_not(n, merged) is None]
+    choose = {"measured": _measure, "sparse": _sparse, "dense": _dense}[mode]
+    if why_not_native() is not None:
+        choose = _dense
+    layers = {node.name: choose(node, merged) for node in nodes}
+    selection = Selection(layers, DENSE if mode == "dense" else "native")
+    return _weigh(graph, selection) if mode == "measured" and layers else selection
+
+
+def _dense(node: Node, graph: Graph) -> LayerChoice:
+    reason = why_not_native() or "asked for"
+    return LayerChoice(node.name, density(node.weights["weight"]), {}, DENSE, reason)
+
+
+def _sparse(node: Node, graph: Graph) -> LayerChoice:
+    name = form_name(_default(node, graph))
+    return LayerChoice(node.name, density(node.weights["weight"]), {}, name, "asked for")
+
+
+def _default(node: Node, graph: Graph) -> Form:
+    return default_form(node, graph, _packed(node, "element"))
+
+
+def _packed(node: Node, structure: str) -> PackedWeight:
+    groups = int(node.attrs.get("groups", 1))  # type: ignore[arg-type]
+    return pack_weight(node.weights["weight"], groups, structure)
+
+
+def _form_of(node: Node, graph: Graph, name: str) -> Form:
+    parsed = parse_form(name)
+    assert parsed is not None
+    structure, mode, vectors = parsed
+    form = default_form(node, graph, _packed(node, structure))
+    if mode == "direct" and form.weight.vector > 1:
+        raise ValueError(f"Selection: Expected table or linear for {structure}, got {name!r}")
+    regions = form.regions if form.mode == "table" else regions_pay(node, graph)
+    return Form(form.weight, mode, vectors, regions and mode == "table")
+
+
+def regions_pay(node: Node, graph: Graph) -> bool:
+    """Whether ordering pixels by their taps would let tiles skip taps on padding."""
+    if node.op != "conv2d":
+        return False
+    g = geometry_of(node)
+    size = graph.shape(node.inputs[0])[2:]
+    reach = [d * (k - 1) for d, k in zip(g.dilation, g.kernel, strict=True)]
+    return g.stride == (1, 1) and any(4 * r > n for r, n in zip(reach, size, strict=True))
+
+
+def _measure(node: Node, graph: Graph) -> LayerChoice:
+    """Time a layer's candidates, or recall what was measured before."""
+    weight = node.weights["weight"]
+    share = density(weight)
+    structures = structures_of(weight, int(node.attrs.get("groups", 1)))  # type: ignore[arg-type]
+    key = _key(node, graph, share, structures)
+    times = known_times(key)
+    if times is None:
+        times = remember_times(key, _time(node, graph, list(structures)))
+    dense, sparse = times[DENSE], {k: t for k, t in times.items() if k != DENSE}
+    first = next(iter(sparse))
+    best = min(sparse, key=lambda name: sparse[name])
+    if sparse[best] > MARGIN * sparse[first]:
+        best = first
+    if dense < sparse[best]:
+        return LayerChoice(node.name, share, times, DENSE, f"{sparse[best] / dense:.2f}x faster")
+    reason = f"{dense / sparse[best]:.2f}x as fast as dense"
+    return LayerChoice(node.name, share, times, best, reason)
+
+
+def _key(node: Node, graph: Graph, share: float, structures: Mapping[str, float]) -> str:
+    """All that a layer's times depend on, but for the machine."""
+    shapes = [list(graph.shape(name)) for name in node.inputs]
+    geometry = sorted((k, v) for k, v in node.attrs.items() if k != "dynamic")
+    bucket = density_bucket(share)
+    where = f"{bucket}" if bucket is not None else f"dense {math.ceil(share * 10)}"
+    kinds = {name: math.ceil(4 * fill) / 4 for name, fill in structures.items()}
+    return f"{node.op} {shapes} {list(node.weights['weight'].shape)} {geometry} {where} {kinds}"
+
+
+def _time(node: Node, graph: Graph, structures: list[str]) -> dict[str, float]:
+    alone = _alone(node, graph)
+    inputs = [torch.randn(alone.shape(name)) for name in alone.inputs]
+    calls: dict[str, Callable[[], object]] = {}
+    for form in _candidates(node, alone, structures):
+        executor = NativeExecutor(alone, {node.name: form})
+        calls[form_name(form)] = _bind(executor, inputs)
+    dense = dense_call(node, alone)
+
+    def run_dense() -> object:
+        with torch.inference_mode():
+            return [y.contiguous() for y in dense(*inputs)]
+
+    calls[DENSE] = run_dense
+    return {name: t.best for name, t in interleave(calls, ROUNDS, 1, budget=BUDGET).items()}
+
+
+def _bind(executor: NativeExecutor, inputs: list[Tensor]) -> Callable[[], object]:
+    return lambda: executor(*inputs)
+
+
+def _alone(node: Node, graph: Graph) -> Graph:
+    """A graph of this node only."""
+    values: dict[str, Value] = {name: graph.values[name] for name in node.inputs}
+    values |= {name: graph.values[name] for name in node.outputs}
+    outputs = {f"y{i}": name for i, name in enumerate(node.outputs)}
+    return Graph([node], values, tuple(dict.fromkeys(node.inputs)), outputs)
+
+
+def _candidates(node: Node, graph: Graph, structures: list[str]) -> list[Form]:
+    """Forms worth timing, the default first."""
+    found: dict[str, Form] = {}
+    for structure in structures:
+        form = default_form(node, graph, _packed(node, structure))
+        found.setdefault(form_name(form), form)
+        if structure != "element":
+            continue
+        modes = [form.mode]
+        if node.op == "conv2d":
+            modes += [m for m in ("table", "linear", "direct") if m != form.mode]
+        for mode in modes:
+            regions = mode == "table" and regions_pay(node, graph)
+            for width in _widths(form, mode):
+                other = Form(form.weight, mode, width, regions)
+                found.setdefault(form_name(other), other)
+    return list(found.values())
+
+
+def _widths(form: Form, mode: str) -> list[int]:
+    if form.vectors == 4 and form.weight.vector == 1:
+        return [12] if mode == "direct" else [4, 6, 8] if mode == form.mode else [4]
+    return [w for w in _WIDTHS if w >= 8] if mode == "direct" else [4, form.vectors]
+
+
+def _weigh(graph: Graph, selection: Selection) -> Selection:
+    """Compare the whole graph in torch with what the layers chose, where that is in doubt."""
+    measured = [c for c in selection.layers.values() if c.candidates]
+    dense = sum(c.candidates[DENSE] for c in measured)
+    native = sum(c.candidates[c.choice] for c in measured)
+    if native < 0.7 * dense:  # conversions between layers are not that dear
+        return selection
+    whole, chosen = DenseExecutor(graph), executor_of(graph, selection)
+    inputs = [torch.randn(graph.shape(name)) for name in graph.inputs]
+    calls = {DENSE: lambda: whole(*inputs), "native": lambda: chosen(*inputs)}
+    times = {name: t.best for name, t in interleave(calls, 3, 1, budget=4.0).items()}
+    return Selection(selection.layers, min(times, key=lambda name: times[name]))
