@@ -55,7 +55,8 @@ sanitize: setup
 	SPARSEMTL_TEST_NATIVE=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
 	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
-	  $(BIN)/python -m pytest -q -m "not interpreter" tests/ops
+	  $(BIN)/python -m pytest -q -m "not interpreter" tests/ops \
+	  tests/engine/test_native_steps.py tests/engine/test_native_program.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info sparsemtl/_C*.so runs/demo

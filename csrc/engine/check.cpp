@@ -178,8 +178,6 @@ void check_one(const ConvStep& s, const Slots& slots) {
     require(
         s.arguments.mode == cpu::ConvMode::kLinear || s.arguments.mode == cpu::ConvMode::kDirect,
         "a mode from 0 to 2");
-    require(s.arguments.mode == cpu::ConvMode::kLinear || s.list.vector == 1,
-            "direct mode for single weights only");
     if (!empty(s.y)) check_linear(s, slots);
   }
 }

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsemtl.ops.pattern import STRUCTURES, PackedList, live_mask, pack_pattern
+from sparsemtl.ops.pattern import STRUCTURES, Pattern, live_mask, pack_pattern
 
 # A vector list computes its zeros too; beyond this many times the live weights it cannot win.
 _MOST_FILL = 3.0
@@ -22,37 +22,37 @@ class PackedWeight:
     """A weight [K, C / groups, kh, kw] in one structure.
 
     nonzeros:   stored weights, those zeros included that share a vector with others
-    per_column: nonzero vectors per column in use: how often a packed input is used
+    per_column: nonzero vectors per column: how often a packed input is used
     """
 
     structure: str
     shape: tuple[int, int, int, int]
     groups: int
-    packed: PackedList
+    pattern: Pattern
 
     @property
     def nonzeros(self) -> int:
-        return self.packed.nonzeros * self.packed.sizes[3]
+        return self.pattern.nonzeros
 
     @property
     def per_column(self) -> float:
-        return self.packed.per_column
+        return self.pattern.per_column(vectors=True)
 
     @property
     def vector(self) -> int:
-        return self.packed.sizes[3]
+        return self.pattern.vector
 
-    def arrays(self) -> list[np.ndarray]:
-        """As csrc/engine/module.cpp reads them."""
-        return [array.numpy() for array in (*self.packed.arrays.values(), self.packed.values)]
+    def packed(self, *, whole: bool) -> tuple[list[int], list[np.ndarray]]:
+        """Sizes and arrays of the list, as csrc/engine/module.cpp reads them.
 
-    @property
-    def bytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays())
+        whole: all of an output channel's nonzeros together, for kernels that read in place
+        """
+        found = self.pattern.forward_list(whole=whole)
+        return found.sizes, [a.numpy() for a in (*found.arrays.values(), found.values)]
 
 
 def pack_weight(weight: Tensor, groups: int = 1, structure: str = "element") -> PackedWeight:
-    """Pack the nonzeros of a weight.
+    """Find the nonzeros of a weight.
 
     weight:    [K, C / groups, kh, kw], or [K, C] of a linear layer; float32
     structure: "element", or "vector(V)" with V = 4, 8, 16
@@ -61,9 +61,7 @@ def pack_weight(weight: Tensor, groups: int = 1, structure: str = "element") -> 
         four = weight if weight.dim() == 4 else weight[:, :, None, None]
         pattern = pack_pattern(four.contiguous(), groups=groups, structure=structure)
         rows, channels, height, width = four.shape
-        return PackedWeight(
-            structure, (rows, channels, height, width), groups, pattern.forward_list()
-        )
+        return PackedWeight(structure, (rows, channels, height, width), groups, pattern)
 
 
 def density(weight: Tensor) -> float:

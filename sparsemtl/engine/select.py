@@ -35,8 +35,6 @@ SELECT = ("measured", "sparse", "dense")
 DENSE = "dense"
 ROUNDS, BUDGET = 5, 0.5  # timed rounds of a layer, and seconds after which no further one begins
 MARGIN = 0.95  # another candidate than the default must be this much faster
-# More candidates than this are not worth their time; the first is the default.
-_WIDTHS = (4, 6, 8, 12)
 
 
 @dataclass(frozen=True)
@@ -170,8 +168,6 @@ def _form_of(node: Node, graph: Graph, name: str) -> Form:
     assert parsed is not None
     structure, mode, vectors = parsed
     form = default_form(node, graph, _packed(node, structure))
-    if mode == "direct" and form.weight.vector > 1:
-        raise ValueError(f"Selection: Expected table or linear for {structure}, got {name!r}")
     regions = form.regions if form.mode == "table" else regions_pay(node, graph)
     return Form(form.weight, mode, vectors, regions and mode == "table")
 
@@ -251,12 +247,8 @@ def _candidates(node: Node, graph: Graph, structures: list[str]) -> list[Form]:
     for structure in structures:
         form = default_form(node, graph, _packed(node, structure))
         found.setdefault(form_name(form), form)
-        if structure != "element":
-            continue
-        modes = [form.mode]
-        if node.op == "conv2d":
-            modes += [m for m in ("table", "linear", "direct") if m != form.mode]
-        for mode in modes:
+        others = ("table", "linear", "direct") if node.op == "conv2d" else ("table",)
+        for mode in (form.mode, *(m for m in others if m != form.mode)):
             regions = mode == "table" and regions_pay(node, graph)
             for width in _widths(form, mode):
                 other = Form(form.weight, mode, width, regions)
@@ -264,10 +256,13 @@ def _candidates(node: Node, graph: Graph, structures: list[str]) -> list[Form]:
     return list(found.values())
 
 
-def _widths(form: Form, mode: str) -> list[int]:
-    if form.vectors == 4 and form.weight.vector == 1:
-        return [12] if mode == "direct" else [4, 6, 8] if mode == form.mode else [4]
-    return [w for w in _WIDTHS if w >= 8] if mode == "direct" else [4, form.vectors]
+def _widths(form: Form, mode: str) -> tuple[int, ...]:
+    """Vectors of pixels worth trying: few keep a panel in the L1 cache, many repay its copies."""
+    if form.weight.vector > 1:
+        return (form.vectors,)
+    if mode == "direct":
+        return (8, 12)
+    return (4, 6, 8) if mode == form.mode else (4, 8)
 
 
 def _weigh(graph: Graph, selection: Selection) -> Selection:

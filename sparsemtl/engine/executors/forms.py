@@ -70,11 +70,11 @@ def default_form(node: Node, graph: Graph, weight: PackedWeight) -> Form:
         (source[0], source[1], source[2], source[3]),
         (weight.shape[0], out[2], out[3]),
         g.groups,
-        float(f"{weight.per_column:.1g}"),
+        weight.per_column,
         weight.vector,
         native_module().isa(),
     )
-    mode, vectors, regions = plan.geometry[-3:]
+    mode, vectors, regions, _ = plan.geometry[-4:]
     name = next(key for key, value in MODES.items() if value == mode)
     return Form(weight, name, vectors, bool(regions))
 
@@ -84,12 +84,12 @@ def _plan_linear(node: Node, graph: Graph, weight: PackedWeight) -> int:
     pixels = 1
     for size in shape[:-1]:
         pixels *= size
-    out, per_column = (weight.shape[0], 1, pixels), float(f"{weight.per_column:.1g}")
+    out, per_column = (weight.shape[0], 1, pixels), weight.per_column
     plan = plan_pass(
         "forward", ((0, 0, 0),), (1, 1), (1, shape[-1], 1, pixels), out, 1, per_column,
         weight.vector, native_module().isa(),
     )  # fmt: skip
-    return int(plan.geometry[-2])
+    return int(plan.geometry[-3])
 
 
 @dataclass(frozen=True)

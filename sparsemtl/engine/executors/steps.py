@@ -148,12 +148,13 @@ class _Lowering:
         act = ACTIVATIONS[str(node.attrs["activation"])]
         if node.op == "linear" and len(node.inputs) > 1:
             act = 0  # after the residual, which comes later
-        arrays = [taps, *form.weight.arrays()]
+        sizes, arrays = form.weight.packed(whole=form.mode == "direct")
+        arrays = [taps, *arrays]
         if bias is not None:
             arrays.append(bias.detach().contiguous().numpy())
         setting = [phases, form.weight.groups, MODES[form.mode], form.vectors, form.regions, act]
         flags = [len(residual) > 0, bias is not None]
-        numbers = [float(n) for n in (*flags, *setting, *form.weight.packed.sizes)]
+        numbers = [float(n) for n in (*flags, *setting, *sizes)]
 
         def build() -> NativeStep:
             views = [home.view().numbers for home in (source, y, *residual)]

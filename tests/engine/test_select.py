@@ -1,0 +1,161 @@
+"""Choosing kernels: what is measured, what is remembered, and what a choice makes of a graph."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from sparsemtl.engine import choices, select
+from sparsemtl.engine.executors.dense import DenseExecutor
+from sparsemtl.engine.executors.native import NativeExecutor
+from sparsemtl.engine.executors.torch import TorchExecutor
+from sparsemtl.engine.pack import density, structures_of
+from sparsemtl.engine.select import LayerChoice, Selection, executor_of, parse_form
+from sparsemtl.ops.availability import why_not_native
+from tests.engine.native_graphs import Maker, assert_near
+
+pytestmark = pytest.mark.skipif(why_not_native() is not None, reason="needs the native module")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEMTL_CACHE", str(tmp_path))
+    monkeypatch.setattr(choices, "_known", {})
+    monkeypatch.setattr(select, "ROUNDS", 2)
+
+
+def small(sparsity: float = 0.9) -> tuple[Maker, str]:
+    maker = Maker(1)
+    x = maker.input(2, 3, 20, 18)
+    h = maker.conv(x, 16, 3, padding=(1, 1), sparsity=sparsity, activation="relu")
+    inner = maker.conv(h, 16, 3, padding=(2, 2), dilation=(2, 2), sparsity=sparsity)
+    h = maker.conv(inner, 16, 1, residual=h, sparsity=sparsity, activation="relu6")
+    a = maker.conv(h, 8, 3, padding=(6, 6), dilation=(6, 6), sparsity=0.95)
+    b = maker.conv(h, 8, 3, padding=(6, 6), dilation=(6, 6), sparsity=0.95)
+    y = maker.node("add", a, b)
+    flat = maker.node("mean", y, dims=(2, 3), keepdim=False)
+    weights = {"weight": maker.weight(4, 8), "bias": maker.tensor(4)}
+    return maker, maker.node("linear", flat, weights=weights, activation="")
+
+
+@pytest.mark.parametrize("mode", select.SELECT)
+def test_every_mode_gives_torchs_outputs(mode):
+    maker, y = small()
+    graph = maker.graph(y)
+    selection = select.select(graph, mode)
+    example = maker.example()
+    got = executor_of(graph, selection)(*example)
+    for task, expected in TorchExecutor(graph)(*example).items():
+        assert_near(got[task], expected)
+        assert got[task].is_contiguous()
+
+
+def test_what_is_measured_is_remembered_by_shape_and_density(monkeypatch):
+    maker, y = small()
+    graph = maker.graph(y)
+    first = select.select(graph)
+    assert all(c.candidates and c.choice in c.candidates for c in first.layers.values())
+    assert {c.layer for c in first.layers.values()} == {
+        "conv2d_0", "conv2d_1", "conv2d_2", "conv2d_3", "linear_7"
+    }  # fmt: skip
+    on_disk = json.loads(choices.engine_file().read_text())
+    assert sum(len(layers) for layers in on_disk.values()) == len(first.layers)
+
+    def refuse(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(choices, "_known", {})
+    monkeypatch.setattr(select, "_time", refuse)
+    again = select.select(graph)
+    assert {n: c.choice for n, c in again.layers.items()} == {
+        n: c.choice for n, c in first.layers.items()
+    }
+
+
+def test_a_damaged_file_is_measured_anew():
+    choices.engine_file().write_text("{ not json")
+    maker, y = small()
+    assert select.select(maker.graph(y)).layers
+
+
+def test_a_selection_survives_a_file():
+    maker, y = small()
+    graph = maker.graph(y)
+    selection = select.select(graph, "sparse")
+    again = Selection.from_state(json.loads(json.dumps(selection.state())))
+    assert again == selection
+    assert isinstance(executor_of(graph, again), NativeExecutor)
+    assert isinstance(executor_of(graph, Selection({}, "dense")), DenseExecutor)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"whole": "native"},
+        {"whole": "fast", "layers": {}},
+        {"whole": "native", "layers": {"a": ["a", 0.5, {}, "element/table/99", ""]}},
+        {"whole": "native", "layers": {"a": ["a", 0.5, {}, "blocks/table/4", ""]}},
+        {"whole": "native", "layers": {"a": ["a", "x", {}, "dense", ""]}},
+        {"whole": "native", "layers": {"a": [1]}},
+        {"whole": "native", "layers": 3},
+    ],
+)
+def test_a_state_that_nobody_wrote_is_refused(state):
+    with pytest.raises(ValueError, match="Selection: Expected"):
+        Selection.from_state(state)
+
+
+@pytest.mark.parametrize("structure", ["element", "vector(4)", "vector(8)", "vector(16)"])
+@pytest.mark.parametrize("mode", ["table", "linear", "direct"])
+def test_each_form_gives_the_same(structure, mode):
+    maker = Maker(2)
+    x = maker.input(2, 24, 13, 15)
+    h = maker.conv(x, 20, 3, padding=(3, 3), dilation=(3, 3), sparsity=0.8)
+    y = maker.conv(h, 24, 1, residual=x, activation="relu")
+    graph = maker.graph(y)
+    layers = {
+        node.name: LayerChoice(node.name, 0.2, {}, f"{structure}/{mode}/{width}", "")
+        for node, width in zip(graph.nodes, (3, 6), strict=True)
+    }
+    example = maker.example()
+    got = executor_of(graph, Selection(layers))(*example)["t0"]
+    assert_near(got, TorchExecutor(graph)(*example)["t0"])
+
+
+def test_one_dense_layer_between_sparse_ones():
+    maker, y = small()
+    graph = maker.graph(y)
+    selection = select.select(graph, "sparse")
+    for name in ("conv2d_1", "conv2d_3", "linear_7"):
+        old = selection.layers[name]
+        selection.layers[name] = LayerChoice(name, old.density, {}, "dense", "")
+    executor = executor_of(graph, selection)
+    example = maker.example()
+    assert_near(executor(*example)["t0"], TorchExecutor(graph)(*example)["t0"])
+    assert [native for native, _ in executor.segments] == [True, False, True, False, True, False]
+    assert sum(t.what == "torch" for t in executor.profile(*example)) == 3
+
+
+def test_an_unknown_mode_is_named():
+    maker, y = small()
+    with pytest.raises(ValueError, match="'fastest'"):
+        select.select(maker.graph(y), "fastest")
+
+
+def test_forms_have_names():
+    assert parse_form("vector(8)/direct/3") == ("vector(8)", "direct", 3)
+    assert parse_form("dense") is None
+
+
+def test_structures_are_found_from_zeros():
+    weight = torch.zeros(16, 8, 3, 3)
+    weight[8:, ::3] = 1.0  # whole vectors of eight channels
+    weight[0, 0, 0, 0] = 1.0
+    found = structures_of(weight)
+    assert found["vector(8)"] == pytest.approx((8 * 3 * 9 + 8) / (8 * 3 * 9 + 1))
+    assert set(structures_of(torch.eye(32))) == {"element"}
+    assert density(torch.zeros(0, 3)) == 0.0
+    assert density(weight) == pytest.approx(217 / 1152)
