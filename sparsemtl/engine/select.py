@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -55,15 +55,20 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class Selection:
-    """Choices by layer, and whether torch runs the whole graph."""
+    """Choices by layer, and whether torch runs the whole graph.
+
+    apart: convolutions of one input and geometry that are faster each by itself
+    """
 
     layers: dict[str, LayerChoice] = field(default_factory=dict)
     whole: str = "native"
+    apart: tuple[str, ...] = ()
 
     def state(self) -> dict[str, Any]:
         """As plain data for a file."""
         return {
             "whole": self.whole,
+            "apart": list(self.apart),
             "layers": {
                 name: [c.layer, c.density, c.candidates, c.choice, c.reason]
                 for name, c in self.layers.items()
@@ -84,14 +89,16 @@ class Selection:
                 )
                 for name, c in state["layers"].items()
             }
-            whole = state["whole"]
+            whole, apart = state["whole"], tuple(str(name) for name in state["apart"])
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"Selection: Expected layers and whole, got {error!r}") from error
+            raise ValueError(
+                f"Selection: Expected layers, apart and whole, got {error!r}"
+            ) from error
         if whole not in ("native", DENSE):
             raise ValueError(f"Selection: {unknown_choice('whole', whole, ('native', DENSE))}")
         for choice in layers.values():
             parse_form(choice.choice)
-        return cls(layers, whole)
+        return cls(layers, whole, apart)
 
 
 def parse_form(name: str) -> tuple[str, str, int] | None:
@@ -116,7 +123,7 @@ def executor_of(graph: Graph, selection: Selection) -> NativeExecutor | DenseExe
     """What runs the graph as selected.   graph: as `select` was given it"""
     if selection.whole == DENSE or why_not_native() is not None:
         return DenseExecutor(graph)
-    merged = prepared(graph)
+    merged = prepared(graph, selection.apart)
     forms = {}
     for node in merged.nodes:
         choice = selection.layers.get(node.name)
@@ -134,14 +141,27 @@ def select(graph: Graph, mode: str = "measured") -> Selection:
     """
     if mode not in SELECT:
         raise ValueError(f"select: {unknown_choice('mode', mode, SELECT)}")
-    merged = prepared(graph)
-    nodes = [n for n in merged.nodes if packable(n, merged) and why_not(n, merged) is None]
     choose = {"measured": _measure, "sparse": _sparse, "dense": _dense}[mode]
     if why_not_native() is not None:
-        choose = _dense
-    layers = {node.name: choose(node, merged) for node in nodes}
-    selection = Selection(layers, DENSE if mode == "dense" else "native")
+        mode, choose = DENSE, _dense
+    merged, apart = prepared(graph), set[str]()
+    layers = {}
+    for node in merged.nodes:
+        if not packable(node, merged) or why_not(node, merged) is not None:
+            continue
+        layers[node.name] = choose(node, merged)
+        if mode == "measured" and len(node.outputs) > 1:
+            members = [n for n in graph.nodes if n.outputs[0] in node.outputs]
+            alone = {member.name: choose(member, graph) for member in members}
+            if sum(map(_seconds, alone.values())) < _seconds(layers[node.name]):
+                layers |= alone
+                apart.update(alone)
+    selection = Selection(layers, DENSE if mode == "dense" else "native", tuple(sorted(apart)))
     return _weigh(graph, selection) if mode == "measured" and layers else selection
+
+
+def _seconds(choice: LayerChoice) -> float:
+    return choice.candidates[choice.choice]
 
 
 def _dense(node: Node, graph: Graph) -> LayerChoice:
@@ -276,4 +296,4 @@ def _weigh(graph: Graph, selection: Selection) -> Selection:
     inputs = [torch.randn(graph.shape(name)) for name in graph.inputs]
     calls = {DENSE: lambda: whole(*inputs), "native": lambda: chosen(*inputs)}
     times = {name: t.best for name, t in interleave(calls, 3, 1, budget=4.0).items()}
-    return Selection(selection.layers, min(times, key=lambda name: times[name]))
+    return replace(selection, whole=min(times, key=lambda name: times[name]))

@@ -57,11 +57,11 @@ def test_what_is_measured_is_remembered_by_shape_and_density(monkeypatch):
     graph = maker.graph(y)
     first = select.select(graph)
     assert all(c.candidates and c.choice in c.candidates for c in first.layers.values())
-    assert {c.layer for c in first.layers.values()} == {
-        "conv2d_0", "conv2d_1", "conv2d_2", "conv2d_3", "linear_7"
-    }  # fmt: skip
+    names = {"conv2d_0", "conv2d_1", "conv2d_2", "conv2d_3", "linear_7"}
+    assert set(first.layers) == names | ({"conv2d_4"} if first.apart else set())
     on_disk = json.loads(choices.engine_file().read_text())
-    assert sum(len(layers) for layers in on_disk.values()) == len(first.layers)
+    # The two branches are timed merged and each alone, under one entry if they are alike.
+    assert sum(len(layers) for layers in on_disk.values()) in (len(names) + 1, len(names) + 2)
 
     def refuse(*_):
         raise AssertionError("measured again")
@@ -80,6 +80,26 @@ def test_a_damaged_file_is_measured_anew():
     assert select.select(maker.graph(y)).layers
 
 
+def test_convolutions_stay_apart_where_that_is_faster(monkeypatch):
+    maker, y = small()
+    graph = maker.graph(y)
+    for merged_seconds, apart in ((1.0, ("conv2d_3", "conv2d_4")), (1e-9, ())):
+
+        def times(node, alone, structures, merged_seconds=merged_seconds):
+            seconds = merged_seconds if len(node.outputs) > 1 else 1e-6
+            return {"element/table/4": seconds, "dense": 2.0}
+
+        monkeypatch.setattr(select, "known_times", lambda key: None)
+        monkeypatch.setattr(select, "remember_times", lambda key, found: found)
+        monkeypatch.setattr(select, "_time", times)
+        selection = select.select(graph)
+        assert selection.apart == apart
+        assert ("conv2d_4" in selection.layers) == bool(apart)
+        executor, example = executor_of(graph, selection), maker.example()
+        assert len(executor.graph.nodes) == len(graph.nodes) - (not apart)
+        assert_near(executor(*example)["t0"], TorchExecutor(graph)(*example)["t0"])
+
+
 def test_a_selection_survives_a_file():
     maker, y = small()
     graph = maker.graph(y)
@@ -95,12 +115,13 @@ def test_a_selection_survives_a_file():
     [
         {},
         {"whole": "native"},
-        {"whole": "fast", "layers": {}},
-        {"whole": "native", "layers": {"a": ["a", 0.5, {}, "element/table/99", ""]}},
-        {"whole": "native", "layers": {"a": ["a", 0.5, {}, "blocks/table/4", ""]}},
-        {"whole": "native", "layers": {"a": ["a", "x", {}, "dense", ""]}},
-        {"whole": "native", "layers": {"a": [1]}},
-        {"whole": "native", "layers": 3},
+        {"whole": "fast", "apart": [], "layers": {}},
+        {"whole": "native", "apart": [], "layers": {"a": ["a", 0.5, {}, "element/table/99", ""]}},
+        {"whole": "native", "apart": [], "layers": {"a": ["a", 0.5, {}, "blocks/table/4", ""]}},
+        {"whole": "native", "apart": [], "layers": {"a": ["a", "x", {}, "dense", ""]}},
+        {"whole": "native", "apart": [], "layers": {"a": [1]}},
+        {"whole": "native", "apart": [], "layers": 3},
+        {"whole": "native", "apart": 3, "layers": {}},
     ],
 )
 def test_a_state_that_nobody_wrote_is_refused(state):

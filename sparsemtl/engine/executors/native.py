@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,10 +59,15 @@ def default_forms(graph: Graph) -> dict[str, Form]:
     }
 
 
-def prepared(graph: Graph) -> Graph:
-    """The graph as the native executor runs it: convolutions of one input and geometry merged."""
+def prepared(graph: Graph, apart: Collection[str] = ()) -> Graph:
+    """The graph as the native executor runs it: convolutions of one input and geometry merged.
+
+    apart: names of nodes that stay as they are
+    """
 
     def wanted(node: Node) -> bool:
+        if node.name in apart:
+            return False
         sparse = density(node.weights["weight"]) <= _MERGED_DENSITY
         return sparse and packable(node, graph) and why_not(node, graph) is None
 
