@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "engine/steps.h"
 
 namespace sparsemtl::engine {
@@ -158,6 +159,15 @@ void check_list(const ConvStep& s, int64_t columns, int64_t entries) {
   }
 }
 
+// Widths of with_width in cpu/sparse_conv2d.inc.h: a full tile must be computed as it is counted.
+bool width_exists(int vectors) {
+  if (std::string(cpu::isa().name) == "generic") return vectors == 1 || vectors == 4;
+  for (const int width : {1, 2, 3, 4, 6, 8, 12}) {
+    if (vectors == width) return true;
+  }
+  return false;
+}
+
 void check_one(const ConvStep& s, const Slots& slots) {
   const cpu::ConvProblem& p = s.arguments.problem;
   check_view(s.x, slots);
@@ -171,8 +181,7 @@ void check_one(const ConvStep& s, const Slots& slots) {
     check_view(s.residual, slots);
     require(same_shape(s.residual, s.y), "a residual of the output's shape");
   }
-  const int vectors = s.arguments.vectors;
-  require(vectors >= 1 && vectors <= 12, "1 to 12 vectors in a tile");
+  require(width_exists(s.arguments.vectors), "a tile width that this instruction set has");
   check_taps(p);
   if (s.arguments.mode != cpu::ConvMode::kTable) {
     require(

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/isa.h"
+
 namespace sparsemtl::engine {
 namespace {
 
@@ -23,7 +25,7 @@ int64_t bytes_of(int64_t floats) { return 4 * std::max<int64_t>(floats, 16); }
 }  // namespace
 
 Program::Program(int64_t arena, std::vector<int64_t> externals, std::vector<Step> steps)
-    : arena_(arena), externals_(std::move(externals)), steps_(std::move(steps)) {
+    : isa_(&cpu::isa()), arena_(arena), externals_(std::move(externals)), steps_(std::move(steps)) {
   if (arena < 0 || arena > kMostFloats || externals_.size() >= kMaxSlots) {
     throw std::invalid_argument(
         "EngineProgram: Expected an arena from 0 to 2^42 floats and fewer "
@@ -83,6 +85,11 @@ void Program::run(const std::vector<uintptr_t>& addresses, int threads, double* 
                                 " addresses and 1 to 1024 threads, got " +
                                 std::to_string(addresses.size()) + " and " +
                                 std::to_string(threads));
+  }
+  if (isa_ != &cpu::isa()) {  // tiles and scratch are its
+    throw std::invalid_argument("EngineProgram: Expected the instruction set " +
+                                std::string(isa_->name) + " that it was built for, got " +
+                                cpu::isa().name);
   }
   std::unique_ptr<Workspace> workspace = take(threads);
   Run context{};

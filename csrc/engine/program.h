@@ -9,6 +9,9 @@
 #include "cpu/memory.h"
 #include "engine/steps.h"
 
+namespace sparsemtl::cpu {
+struct Kernels;
+}
 namespace sparsemtl::engine {
 
 // Immutable once built; any number of threads may run it at once, each with memory of its own.
@@ -35,6 +38,7 @@ class Program {
   std::unique_ptr<Workspace> take(int threads) const;
   void give_back(std::unique_ptr<Workspace> workspace) const;
 
+  const cpu::Kernels* isa_;
   int64_t arena_;
   std::vector<int64_t> externals_;
   std::vector<Step> steps_;

@@ -27,13 +27,14 @@ from sparsemtl.engine.executors.support import why_not
 from sparsemtl.engine.graph import Graph, Node, Value
 from sparsemtl.engine.pack import PackedWeight, density, pack_weight, structures_of
 from sparsemtl.errors import unknown_choice
-from sparsemtl.ops.availability import why_not_native
+from sparsemtl.ops.availability import native_module, why_not_native
 from sparsemtl.sparsity.choice import density_bucket
 from sparsemtl.timing import interleave
 
 SELECT = ("measured", "sparse", "dense")
 DENSE = "dense"
 ROUNDS, BUDGET = 5, 0.5  # timed rounds of a layer, and seconds after which no further one begins
+WIDTHS = (1, 2, 3, 4, 6, 8, 12)  # registers of pixels in a tile, see cpu/sparse_conv2d.inc.h
 MARGIN = 0.95  # another candidate than the default must be this much faster
 
 
@@ -109,7 +110,7 @@ def parse_form(name: str) -> tuple[str, str, int] | None:
     if name == DENSE:
         return None
     parts = name.split("/")
-    good = len(parts) == 3 and parts[1] in MODES and parts[2] in {str(w) for w in range(1, 13)}
+    good = len(parts) == 3 and parts[1] in MODES and parts[2] in {str(w) for w in WIDTHS}
     if not good or parts[0] not in ("element", "vector(4)", "vector(8)", "vector(16)"):
         raise ValueError(f"Selection: Expected structure/mode/vectors, got {name!r}")
     return parts[0], parts[1], int(parts[2])
@@ -188,6 +189,8 @@ def _form_of(node: Node, graph: Graph, name: str) -> Form:
     assert parsed is not None
     structure, mode, vectors = parsed
     form = default_form(node, graph, _packed(node, structure))
+    if native_module().isa() == "generic":
+        vectors = form.vectors  # one width is all it has; a choice may come from another machine
     regions = form.regions if form.mode == "table" else regions_pay(node, graph)
     return Form(form.weight, mode, vectors, regions and mode == "table")
 
@@ -278,7 +281,7 @@ def _candidates(node: Node, graph: Graph, structures: list[str]) -> list[Form]:
 
 def _widths(form: Form, mode: str) -> tuple[int, ...]:
     """Vectors of pixels worth trying: few keep a panel in the L1 cache, many repay its copies."""
-    if form.weight.vector > 1:
+    if form.weight.vector > 1 or native_module().isa() == "generic":
         return (form.vectors,)
     if mode == "direct":
         return (8, 12)

@@ -260,3 +260,21 @@ def test_no_memory_is_an_error():
     program = native_module().EngineProgram(1 << 41, [], [])
     with pytest.raises(MemoryError):
         program.run([], 1)
+
+
+@pytest.mark.parametrize("isa", native_module().usable_isas() if why_not_native() is None else [])
+def test_every_instruction_set(isa):
+    before = native_module().isa()
+    maker = network(12, 2)
+    graph, example = maker.graph(*maker.outputs), maker.example()
+    try:
+        native_module().force_isa(isa)
+        executor = native(graph)
+        got = executor(*example)
+    finally:
+        native_module().force_isa(before)
+    for task, expected in TorchExecutor(graph)(*example).items():
+        assert_near(got[task], expected)
+    if isa != before:
+        with pytest.raises(ValueError, match=f"instruction set {isa} .* got {before}"):
+            executor(*example)
