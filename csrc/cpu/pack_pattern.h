@@ -1,13 +1,14 @@
 // A sparse weight [K][C / groups][taps] as lists of nonzeros that the convolution kernels walk.
 //
-// A part is what is computed together: the rows (output channels) of one group of the convolution.
-// A column is a (tap, channel) pair of the part's group, numbered tap · channels + c. Blocks follow
-// this order where channels are many, so that tiles can skip a tap's blocks; where they are few,
-// all taps of a channel stand together, because they read the same rows of x. Each part cuts its
-// columns into blocks, small enough that the inputs of a block stay in the L1 cache. Within a block
-// the rows stand by falling number of nonzeros, so that the inner loops have trip counts that the
-// branch predictor learns; every row is there, those without nonzeros last, because the first and
-// the last block of a part visit all of them.
+// A part is what is computed together: the rows (output channels) of one group of the convolution,
+// or an even share of them, where pixels are too few to keep all threads busy. A column is a (tap,
+// channel) pair of the part's group, numbered tap · channels + c. Blocks follow this order where
+// channels are many, so that tiles can skip a tap's blocks; where they are few, all taps of a
+// channel stand together, because they read the same rows of x. Each part cuts its columns into
+// blocks, small enough that the inputs of a block stay in the L1 cache. Within a block the rows
+// stand by falling number of nonzeros, so that the inner loops have trip counts that the branch
+// predictor learns; every row is there, those without nonzeros last, because the first and the last
+// block of a part visit all of them.
 //
 // In a transposed list, for the input gradient, rows are input channels and columns are (tap,
 // output channel).

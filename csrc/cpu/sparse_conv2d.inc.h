@@ -329,7 +329,7 @@ template <int P, typename Inputs>
 void walk_any(const ConvCall& call, int64_t block, const Rows& rows, const Inputs& in, float* strip,
               bool first, const Finish* finish, const Ahead<P>& ahead) {
   const SparseList& list = call.list;
-  const int64_t rows_of_part = call.problem.rows / call.problem.groups;
+  const int64_t rows_of_part = call.problem.rows / list.n_parts;
   if (list.vector == 1) {
     walk<P>(list, block, rows, in, strip, first, finish, ahead);
   } else if (P > 3 || kLanes < 16 || list.vector == 4) {
@@ -349,7 +349,7 @@ void forward_part(const ConvCall& call, Tile<P>& tile, const PatternPart& part,
   for (int32_t b = 0; b < part.n_blocks; ++b) {
     if (tile.live(list.blocks[part.first_block + b])) last = b;
   }
-  if (last < 0 && share.slice == 0) zero_rows<P>(finish, call.problem.rows / call.problem.groups);
+  if (last < 0 && share.slice == 0) zero_rows<P>(finish, call.problem.rows / list.n_parts);
   const Ahead<P> ahead = tile.next_tile(part);
   bool first = true;
   for (int32_t b = 0; b <= last; ++b) {

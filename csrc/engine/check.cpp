@@ -141,13 +141,15 @@ void check_rows(const ConvStep& s, int64_t at, std::vector<int64_t>& seen) {
 void check_list(const ConvStep& s, int64_t columns, int64_t entries) {
   const cpu::ConvProblem& p = s.arguments.problem;
   const cpu::SparseList& list = s.list;
-  const int64_t v = list.vector, rows = p.rows / p.groups;
+  const int64_t v = list.vector, parts = list.n_parts;
   require(v == 1 || v == 4 || v == 8 || v == 16, "vectors of 1, 4, 8 or 16");
-  require(list.n_parts == p.groups, "one part for each group");
+  require(parts >= 1 && parts % p.groups == 0 && p.rows % parts == 0, "even parts of the groups");
+  const int64_t rows = p.rows / parts, per_group = parts / p.groups;
   std::vector<int64_t> seen(static_cast<size_t>((rows + v - 1) / v), -1);
   for (int64_t i = 0; i < list.n_parts; ++i) {
     const cpu::PatternPart& part = list.parts[i];
-    require(part.n_rows == (rows + v - 1) / v && part.group == i && part.first_row == i * rows,
+    require(part.n_rows == (rows + v - 1) / v && part.group == i / per_group &&
+                part.first_row == i * rows,
             "parts of the groups' rows");
     require(part.first_block >= 0 && part.n_blocks >= 0 &&
                 part.first_block + int64_t{part.n_blocks} <= list.n_blocks,

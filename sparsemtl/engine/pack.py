@@ -26,9 +26,14 @@ class PackedWeight:
     """
 
     structure: str
-    shape: tuple[int, int, int, int]
     groups: int
+    weight: Tensor
     pattern: Pattern
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        rows, channels, height, width = self.weight.shape
+        return rows, channels, height, width
 
     @property
     def nonzeros(self) -> int:
@@ -42,13 +47,23 @@ class PackedWeight:
     def vector(self) -> int:
         return self.pattern.vector
 
-    def packed(self, *, whole: bool) -> tuple[list[int], list[np.ndarray]]:
+    def packed(self, *, whole: bool = False, parts: int = 1) -> tuple[list[int], list[np.ndarray]]:
         """Sizes and arrays of the list, as csrc/engine/module.cpp reads them.
 
         whole: all of an output channel's nonzeros together, for kernels that read in place
+        parts: cut the output channels into so many, for threads to share; without groups only
         """
-        found = self.pattern.forward_list(whole=whole)
-        return found.sizes, [a.numpy() for a in (*found.arrays.values(), found.values)]
+        pattern = self.pattern
+        if parts > 1:  # each part is packed as if it were a group, and then reads all channels
+            pattern = pack_pattern(self.weight, groups=parts, structure=self.structure)
+        found = pattern.forward_list(whole=whole)
+        arrays = [a.numpy() for a in (*found.arrays.values(), found.values)]
+        if parts > 1:
+            arrays[0][:, _GROUP] = 0
+        return found.sizes, arrays
+
+
+_GROUP = 4  # PatternPart::group of csrc/cpu/pack_pattern.h
 
 
 def pack_weight(weight: Tensor, groups: int = 1, structure: str = "element") -> PackedWeight:
@@ -59,9 +74,9 @@ def pack_weight(weight: Tensor, groups: int = 1, structure: str = "element") -> 
     """
     with torch.no_grad():
         four = weight if weight.dim() == 4 else weight[:, :, None, None]
-        pattern = pack_pattern(four.contiguous(), groups=groups, structure=structure)
-        rows, channels, height, width = four.shape
-        return PackedWeight(structure, (rows, channels, height, width), groups, pattern)
+        four = four.contiguous()
+        pattern = pack_pattern(four, groups=groups, structure=structure)
+        return PackedWeight(structure, groups, four, pattern)
 
 
 def density(weight: Tensor) -> float:

@@ -32,6 +32,8 @@ CONVS = {
     "all dead": ((1, 8, 9, 9), 8, 3, {"padding": (1, 1), "sparsity": 1.1}),
     "dense": ((1, 8, 9, 9), 24, 3, {"padding": (1, 1), "sparsity": 0.0}),
     "very sparse": ((1, 64, 20, 20), 64, 3, {"padding": (1, 1), "sparsity": 0.99}),
+    "few pixels, many rows": ((1, 96, 5, 5), 256, 3, {"padding": (1, 1), "sparsity": 0.5}),
+    "few pixels, all dead": ((1, 96, 5, 5), 256, 1, {"sparsity": 1.1}),
     "many channels": ((1, 320, 11, 11), 40, 3, {"padding": (6, 6), "dilation": (6, 6)}),
 }
 

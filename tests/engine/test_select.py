@@ -9,9 +9,10 @@ import torch
 
 from sparsemtl.engine import choices, select
 from sparsemtl.engine.executors.dense import DenseExecutor
+from sparsemtl.engine.executors.forms import Form
 from sparsemtl.engine.executors.native import NativeExecutor
 from sparsemtl.engine.executors.torch import TorchExecutor
-from sparsemtl.engine.pack import density, structures_of
+from sparsemtl.engine.pack import density, pack_weight, structures_of
 from sparsemtl.engine.select import LayerChoice, Selection, executor_of, parse_form
 from sparsemtl.ops.availability import why_not_native
 from tests.engine.native_graphs import Maker, assert_near
@@ -180,3 +181,15 @@ def test_structures_are_found_from_zeros():
     assert set(structures_of(torch.eye(32))) == {"element"}
     assert density(torch.zeros(0, 3)) == 0.0
     assert density(weight) == pytest.approx(217 / 1152)
+
+
+def test_rows_are_shared_out_where_pixels_are_few():
+    weight = torch.randn(64, 32, 3, 3)
+    form = Form(pack_weight(weight), "table", 4, False)
+    assert form.parts(1, 64 * 64) == 1
+    assert form.parts(1, 1) == 8  # 64 nonzeros per column, of which each part needs eight
+    sizes, arrays = form.weight.packed(parts=4)
+    assert sizes[0] == 4
+    assert arrays[0][:, 4].tolist() == [0, 0, 0, 0]
+    assert arrays[0][:, 2].tolist() == [0, 16, 32, 48]
+    assert sizes[2] == weight.numel()

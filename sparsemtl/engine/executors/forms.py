@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from sparsemtl.engine.graph import Graph, Node
@@ -18,6 +18,8 @@ from sparsemtl.ops.sparse_conv2d_plan import (
     taps_of_forward,
 )
 
+_SHARES = 16  # pieces of work that a layer should at least have
+_LEAST_PER_COLUMN = 8  # each part gathers its input anew, which so many nonzeros repay
 MODES = {"table": TABLE, "linear": LINEAR, "direct": DIRECT}
 
 
@@ -40,8 +42,23 @@ class Form:
         """Whether zeros must stand around the input."""
         return self.mode != "table"
 
-    def with_mode(self, mode: str) -> Form:
-        return replace(self, mode=mode, regions=self.regions and mode == "table")
+    def parts(self, batch: int, pixels: int) -> int:
+        """Into how many parts output channels are cut, for maps too small to keep threads busy.
+
+        pixels: of one image's output. Independent of the number of threads, as bits must be.
+        """
+        lanes = native_module().vector_lanes()
+        tiles = batch * -(-pixels // (self.vectors * lanes))
+        parts, rows = 1, self.weight.shape[0]
+        if self.mode == "direct" or self.weight.groups > 1:  # shared out by rows, and by groups
+            return parts
+        while (
+            tiles * parts < _SHARES
+            and rows % (2 * parts) == 0
+            and self.weight.per_column >= 2 * parts * _LEAST_PER_COLUMN
+        ):
+            parts *= 2
+        return parts
 
 
 def geometry_of(node: Node) -> Geometry:

@@ -148,7 +148,9 @@ class _Lowering:
         act = ACTIVATIONS[str(node.attrs["activation"])]
         if node.op == "linear" and len(node.inputs) > 1:
             act = 0  # after the residual, which comes later
-        sizes, arrays = form.weight.packed(whole=form.mode == "direct")
+        batch, _, height, width = y.shape
+        parts = form.parts(batch, height * width)
+        sizes, arrays = form.weight.packed(whole=form.mode == "direct", parts=parts)
         arrays = [taps, *arrays]
         if bias is not None:
             arrays.append(bias.detach().contiguous().numpy())
