@@ -33,6 +33,7 @@ from sparsemtl.methods import METHODS, method_config_type
 from sparsemtl.training.checkpoint import atomic_write, write_json
 
 FORMAT = 1
+REFERENCES = ("dense", "single-task")
 DENSE = tuple(  # methods without a budget: one row each, whatever the sparsities
     name for name in METHODS if "sparsity" not in method_config_type(name).__dataclass_fields__
 )
@@ -111,8 +112,8 @@ class Compare:
             named = [m for m in methods if m != "all"]
             every = [m for m in ALL if m not in BY_OTHER_MEANS]
             methods = list(dict.fromkeys([*every, *named]))
-        if self.reference not in DENSE:
-            raise ValueError(unknown_choice("--reference", self.reference, DENSE))
+        if self.reference not in REFERENCES:
+            raise ValueError(unknown_choice("--reference", self.reference, REFERENCES))
         if self.reference not in methods:
             methods.insert(0, self.reference)
         base = self.base()

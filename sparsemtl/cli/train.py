@@ -132,10 +132,13 @@ class Train:
             display = live_display(self.quiet or not main)
             summary = execute(run, display, pictures=self.plots and main)
         except Interrupted as stopped:
-            print(stopped, file=sys.stderr)
+            if main:
+                print(stopped, file=sys.stderr)
+            distributed.leave()
             return 130
         if main:
             print_summary(summary, run.folder)
+        distributed.leave()
         return 0
 
     def _check_only_resume(self) -> None:

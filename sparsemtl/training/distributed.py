@@ -44,8 +44,9 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Part from the other processes."""
+    """Part from the other processes, when all are done."""
     if _joined():
+        barrier()  # one that leaves early can take the others' connections along
         dist.destroy_process_group()
 
 

@@ -61,12 +61,12 @@ def backward(state: TrainState, losses: Mapping[str, Tensor]) -> None:
 
     Running statistics are averaged along: every process holds the same model after every step.
     """
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    # Of the model, not of the optimizer: AdapMTL moves its thresholds itself.
+    parameters = [p for p in state.model.parameters() if p.requires_grad]
     if state.balance is None:
         torch.stack(list(losses.values())).sum().backward()
     else:
-        learning = [p for p in parameters if p.requires_grad]
-        state.balance.backward(losses, learning, state.step)
+        state.balance.backward(losses, parameters, state.step)
     if distributed.size() > 1:
         distributed.average([p.grad for p in parameters if p.grad is not None])
         distributed.average([b for b in state.model.buffers() if b.is_floating_point()])

@@ -21,9 +21,8 @@ from sparsemtl.training.runtime import RuntimeConfig
 from sparsemtl.training.state import TrainConfig, TrainState
 
 TASKS = ("segmentation", "normals", "depth")
-SPARSE = [name for name in METHODS if hasattr(method_config_type(name)(), "sparsity")]
-# distinctiveness prunes a joint classifier: test_distinctiveness.py
-ON_DENSE_TASKS = [name for name in METHODS if name != "distinctiveness"]
+SPARSE = [name for name in METHODS if "sparsity" in method_config_type(name).__dataclass_fields__]
+NAMES = ["dense", "single-task", *SPARSE]  # others prune no weights and have tests of their own
 SMALL = {  # what makes a run of 16 steps show each phase
     "snip": {"batches": 2},
     "disparse-static": {"batches": 2},
@@ -71,7 +70,7 @@ def test_the_budget_is_exact_and_the_zeros_are_real(data, name):
     assert len(set(report.components.values())) > 1 or name in ("rigl", "disparse-dynamic")
 
 
-@pytest.mark.parametrize("name", ON_DENSE_TASKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_resuming_at_any_step_gives_the_same_bits(data, tmp_path, name):
     whole = make_state(data, name)
     train(whole, [every(1, Checkpointer(tmp_path, keep=100))])
