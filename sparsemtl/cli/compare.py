@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from sparsemtl import config as configs
-from sparsemtl.cli.grid import check_cells, folder_of, parse_method, run_cells
+from sparsemtl.cli.grid import check_cells, claimed, folder_of, parse_method, run_cells
 from sparsemtl.cli.run_folder import build_split, build_tasks, read_json
 from sparsemtl.cli.train import Folder, Number, Text, Train, Whole, Words
 from sparsemtl.config import RunConfig
@@ -99,9 +99,11 @@ class Compare:
                 raise ValueError(f"Expected --{name} >= 1, got {getattr(self, name)}")
         configured = self.cells()
         self._claim(self.out)
-        check_cells(self.out, configured)
-        failed = run_cells(self.out, configured, self.jobs, lambda text: print(text, flush=True))
-        self._write(configured, failed)
+        with claimed(self.out):
+            check_cells(self.out, configured)
+            say = lambda text: print(text, flush=True)  # noqa: E731
+            failed = run_cells(self.out, configured, self.jobs, say)
+            self._write(configured, failed)
         return 1 if failed else 0
 
     def cells(self) -> dict[Cell, RunConfig]:
@@ -142,7 +144,7 @@ class Compare:
 
     def _claim(self, out: Path) -> None:
         """raises ValueError if the folder holds anything but a comparison of these settings."""
-        settings = {"format": FORMAT, "reference": self.reference, "base": self._settings()}
+        settings = {"format": FORMAT, "base": self._settings()}
         record = out / "settings.json"
         if record.exists():
             if read_json(record, "a comparison") != settings:
@@ -166,6 +168,8 @@ class Compare:
             for cell in configured
             if folder_of(self.out, cell).summary.exists()
         }
+        if not summaries:
+            raise ValueError("compare: Expected at least one finished run, got none; see above")
         base = self.base()
         tasks = build_tasks(base, build_split(base, "test"))
         directions: Directions = {name: task.higher_is_better for name, task in tasks.items()}

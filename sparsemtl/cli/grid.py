@@ -7,6 +7,7 @@ next call. One that fails does not stop the others.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -39,6 +40,19 @@ class _Running:
 
 def folder_of(root: Path, cell: Cell) -> RunFolder:
     return RunFolder(root / "cells" / cell.name)
+
+
+@contextmanager
+def claimed(root: Path) -> Iterator[None]:
+    """raises ValueError while another process runs cells here: two would write one folder."""
+    with open(root / ".lock", "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"Expected {root} to be free, got a comparison at work there"
+            ) from error
+        yield
 
 
 def check_cells(root: Path, configured: Mapping[Cell, RunConfig]) -> None:

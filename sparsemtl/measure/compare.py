@@ -89,13 +89,11 @@ def rows_of(
 ) -> list[Row]:
     """Join the finished cells, in the order of `cells`.
 
-    summaries: of the finished runs   reference: the method that Δ is taken against
-    raises:    ValueError if no run of the reference has finished
+    summaries: of the finished runs
+    reference: the method that Δ is taken against; `why_no_delta` tells why there is none
     """
-    base = [s for cell, s in summaries.items() if cell.method == reference]
-    if not base:
-        raise ValueError(f"compare: Expected a finished run of {reference!r} for Δ, got none")
-    means = _mean_metrics([_metrics(s) for s in base], directions)
+    base = [_metrics(s) for cell, s in summaries.items() if cell.method == reference]
+    means = _mean_metrics(base, directions) if base else {}
     rows = []
     for method, sparsity in dict.fromkeys((c.method, c.sparsity) for c in cells):
         own = [c for c in cells if (c.method, c.sparsity) == (method, sparsity)]
@@ -120,7 +118,7 @@ def _row(
     metrics = [_metrics(s) for s in found]
     try:
         deltas = [delta(m, base, directions, form) for m in metrics]
-    except ValueError:  # the reference has a metric that nothing can be divided by
+    except ValueError:  # no reference, or it has a metric that nothing can be divided by
         deltas = []
     parts = [s["sparsity"]["components"] for s in found]
     return Row(
@@ -162,8 +160,10 @@ def why_no_delta(
     reference: str,
     form: str = "mean",
 ) -> str | None:
-    """What is wrong with the reference's metrics, if Δ cannot be taken against them."""
+    """Why there is no Δ: no reference has finished, or it has a metric to divide by that is 0."""
     base = [_metrics(s) for cell, s in summaries.items() if cell.method == reference]
+    if not base:
+        return f"no Δ: no run of {reference!r}, the reference, has finished"
     means = _mean_metrics(base, directions)
     try:
         delta(means, means, directions, form)

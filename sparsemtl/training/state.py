@@ -112,8 +112,10 @@ class TrainState:
             )
         _check_batch(config)
         device = next(model.parameters()).device
-        model = method.adapt(model, list(tasks))
-        found = find_components(model, components)
+        adapted = method.adapt(model, list(tasks))
+        # A map names modules of the network that was given; another one knows its own.
+        found = find_components(adapted, components if adapted is model else None)
+        model = adapted
         method.prepare(model, config.steps)
         sparsity = getattr(model, "sparsity", None)
         if isinstance(sparsity, Sparsity):

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from sparsemtl.cli import main
+from sparsemtl.cli.grid import claimed
 
 TINY = ["--data-option", "height=32", "width=40", "frames_train=6", "frames_test=2"]
 SMALL = [*TINY, "--steps", "10", "--batch-size", "2"]
@@ -60,6 +61,12 @@ def test_other_settings_are_refused_and_nothing_is_overwritten(results, capsys):
     (stranger / "notes.txt").write_text("mine")
     assert compare(stranger, "--methods", "rigl") == 2
     assert [p.name for p in stranger.iterdir()] == ["notes.txt"]
+
+
+def test_two_comparisons_do_not_share_a_folder(results, capsys):
+    with claimed(results):
+        assert compare(results, "--methods", "rigl") == 2
+    assert "got a comparison at work there" in capsys.readouterr().err
 
 
 BAD = {

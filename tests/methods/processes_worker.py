@@ -71,10 +71,8 @@ def build(name: str, norm: bool, steps: int, **fields) -> TrainState:
     options = dict(SMALL.get(name, {}))
     if "sparsity" in kind.__dataclass_fields__:
         options["sparsity"] = 0.6
-    parts = None if name == "single-task" else PARTS
-    method = build_method(kind(**options), parts)
-    own = {"all": "networks"} if name == "single-task" else PARTS
-    return TrainState.create(Net(norm), tasks, data, method, config, own)
+    method = build_method(kind(**options), PARTS)
+    return TrainState.create(Net(norm), tasks, data, method, config, PARTS)
 
 
 def fingerprint(state: TrainState) -> str:
