@@ -128,3 +128,16 @@ def test_prune_refuses_what_it_cannot_do(trained, tmp_path, capsys):
     assert main(["prune", str(trained), "--out", str(first)]) == 2
     assert "Expected --out to be a new or empty folder" in capsys.readouterr().err
     assert not (tmp_path / "second").exists()
+
+
+def test_a_network_per_task_is_trained_saved_and_measured_again(tmp_path):
+    out, file = tmp_path / "single", tmp_path / "again.json"
+    words = ["train", "--preset", "quick", "--method", "single-task", *SMALL, "--quiet"]
+    aids = ["--weighting", "dwa", "--balance", "pcgrad", "--mining", "0.5", "--no-plots"]
+    assert main([*words, "--out", str(out), "--no-plots"]) == 0
+    assert main(["evaluate", str(out), "--json", str(file)]) == 0
+    result = json.loads((out / "summary.json").read_text())
+    assert json.loads(file.read_text())["metrics"] == result["metrics"]
+    assert next(iter(result["sparsity"]["components"])) == "network:segmentation"
+    shared = ["train", "--preset", "quick", *SMALL, *aids, "--quiet", "--out", str(tmp_path / "a")]
+    assert main(shared) == 0
