@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/sparse_conv2d_call.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -12,14 +13,6 @@
 
 namespace sparsemtl::cpu {
 namespace {
-
-int thread_number() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -45,39 +38,6 @@ int64_t cut_axis(const ConvProblem& p, int axis, int64_t out, int64_t size, bool
 // Strides of planes without gaps, where none are given.
 PlaneStrides or_dense(const PlaneStrides& given, int64_t planes, int64_t height, int64_t width) {
   return given.pitch != 0 ? given : PlaneStrides{planes * height * width, height * width, width};
-}
-
-ConvCall make_call(const ConvArguments& a, const SparseList& list, const float* x,
-                   int64_t widest_block) {
-  const ConvProblem& p = a.problem;
-  ConvCall call{};
-  call.problem = p;
-  call.problem.in = or_dense(p.in, p.channels * p.phases, p.height, p.width);
-  call.problem.out = or_dense(p.out, p.rows, p.out_height, p.out_width);
-  call.problem.residual = or_dense(p.residual, p.rows, p.out_height, p.out_width);
-  call.list = list;
-  call.mode = a.mode;
-  call.vectors = a.vectors;
-  call.x = x;
-  call.tiling.n_y = cut_axis(p, 1, p.out_height, p.height, a.regions, call.tiling.y_cuts);
-  call.tiling.n_x = cut_axis(p, 2, p.out_width, p.width, a.regions, call.tiling.x_cuts);
-  call.tiling.pixels = p.batch * p.out_height * p.out_width;
-  const int64_t width = static_cast<int64_t>(a.vectors) * isa().sparse_conv2d.lanes;
-  call.offsets = a.offsets;
-  call.guarded = a.guarded;
-  const bool packs = a.mode != ConvMode::kDirect || a.guarded;
-  call.panel_size = packs ? widest_block * width : 0;
-  const int64_t rows = list.n_parts == 0 ? 0 : list.parts[0].n_rows * list.vector;
-  call.strip_size = rows * width;
-  return call;
-}
-
-int64_t count_tiles(const ConvCall& call) {
-  const ConvProblem& p = call.problem;
-  const int64_t width = static_cast<int64_t>(call.vectors) * isa().sparse_conv2d.lanes;
-  if (call.tiling.pixels == 0) return 0;
-  if (call.mode == ConvMode::kTable) return ceil_div(call.tiling.pixels, width);
-  return p.batch * ceil_div((p.out_height - 1) * p.in.pitch + p.out_width, width);
 }
 
 void fill_offsets(const ConvCall& call, int32_t* offsets, int threads) {
@@ -132,6 +92,47 @@ void share_rows(const ConvCall& call, int64_t tiles, int threads, int64_t* parts
 }
 
 }  // namespace
+
+int thread_number() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+ConvCall make_call(const ConvArguments& a, const SparseList& list, const float* x,
+                   int64_t widest_block) {
+  const ConvProblem& p = a.problem;
+  ConvCall call{};
+  call.problem = p;
+  call.problem.in = or_dense(p.in, p.channels * p.phases, p.height, p.width);
+  call.problem.out = or_dense(p.out, p.rows, p.out_height, p.out_width);
+  call.problem.residual = or_dense(p.residual, p.rows, p.out_height, p.out_width);
+  call.list = list;
+  call.mode = a.mode;
+  call.vectors = a.vectors;
+  call.x = x;
+  call.tiling.n_y = cut_axis(p, 1, p.out_height, p.height, a.regions, call.tiling.y_cuts);
+  call.tiling.n_x = cut_axis(p, 2, p.out_width, p.width, a.regions, call.tiling.x_cuts);
+  call.tiling.pixels = p.batch * p.out_height * p.out_width;
+  const int64_t width = static_cast<int64_t>(a.vectors) * isa().sparse_conv2d.lanes;
+  call.offsets = a.offsets;
+  call.guarded = a.guarded;
+  const bool packs = a.mode != ConvMode::kDirect || a.guarded;
+  call.panel_size = packs ? widest_block * width : 0;
+  const int64_t rows = list.n_parts == 0 ? 0 : list.parts[0].n_rows * list.vector;
+  call.strip_size = rows * width;
+  return call;
+}
+
+int64_t count_tiles(const ConvCall& call) {
+  const ConvProblem& p = call.problem;
+  const int64_t width = static_cast<int64_t>(call.vectors) * isa().sparse_conv2d.lanes;
+  if (call.tiling.pixels == 0) return 0;
+  if (call.mode == ConvMode::kTable) return ceil_div(call.tiling.pixels, width);
+  return p.batch * ceil_div((p.out_height - 1) * p.in.pitch + p.out_width, width);
+}
 
 void sparse_conv2d_offsets(const ConvArguments& a, const SparseList& list, int32_t* offsets) {
   fill_offsets(make_call(a, list, nullptr, 0), offsets, a.threads);

@@ -521,6 +521,12 @@ bool sparse_conv2d_fill_plane(const float* x, int64_t rows, int64_t n, int64_t r
       store(to + i, v);
       bad = multiply_add(v, zeros(), bad);  // 0 · x is NaN for a NaN or an infinity
     }
+    if (pixel_stride == 1 && i < n && pitch - i <= kLanes) {  // the rest of the row at once
+      const Vec v = load_run(zeros(), (1u << (n - i)) - 1, x + i);
+      store_run(to + i, static_cast<uint32_t>((uint64_t{1} << (pitch - i)) - 1), v);
+      bad = multiply_add(v, zeros(), bad);
+      continue;
+    }
     for (; i < n; ++i) {
       to[i] = x[i * pixel_stride];
       bad_alone += 0.0f * to[i];

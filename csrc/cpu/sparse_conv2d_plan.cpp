@@ -43,16 +43,31 @@ class Scratch {
 
 ConvPlan::ConvPlan(const ConvArguments& a, std::vector<int32_t> taps, const SparseList& list,
                    int64_t widest_block, const PlaneCopy& copy)
-    : taps_(std::move(taps)), arguments_(a), list_(list), widest_block_(widest_block), copy_(copy) {
+    : taps_(std::move(taps)),
+      arguments_(a),
+      list_(list),
+      widest_block_(widest_block),
+      copy_(copy),
+      bands_{0, 0} {
   arguments_.problem.taps = taps_.data();
+  if (copy.wanted && a.mode != ConvMode::kTable) {
+    const PlaneShape& s = copy.shape;
+    int64_t below = 0;
+    for (int64_t t = 0; t < a.problem.n_taps; ++t) {
+      below = std::max<int64_t>(below, taps_[3 * t + 1]);
+    }
+    source_ = {s.height, s.width, s.stride_y, s.stride_x, copy.lead, copy.slack, s.top, below};
+    bands_ = cut_bands(arguments_, source_);
+  }
+  if (bands_.count > 0) band_ = band_arguments(arguments_, source_, bands_);
   if (a.mode != ConvMode::kDirect) return;
   offsets_.resize(list.n_nonzeros + 1);
-  sparse_conv2d_offsets(arguments_, list_, offsets_.data());
-  arguments_.offsets = offsets_.data();
+  ConvArguments& used = bands_.count > 0 ? band_ : arguments_;
+  sparse_conv2d_offsets(used, list_, offsets_.data());
+  used.offsets = offsets_.data();
 }
 
-ConvArguments ConvPlan::with(int threads) const {
-  ConvArguments a = arguments_;
+ConvArguments ConvPlan::with(ConvArguments a, int threads) {
   a.threads = threads;
   return a;
 }
@@ -74,7 +89,13 @@ const float* ConvPlan::source(const float* x, float* memory, int threads, bool* 
 }
 
 void ConvPlan::forward(const float* x, float* y, const ConvEpilogue& epilogue, int threads) const {
-  const ConvArguments a = with(threads);
+  const ConvArguments a = with(arguments_, threads);
+  if (bands_.count > 0) {
+    const ConvArguments band = with(band_, threads);
+    const Scratch scratch(bands_scratch(band, source_, list_, widest_block_));
+    forward_bands(a, band, source_, bands_, list_, x, y, epilogue, widest_block_, scratch.floats());
+    return;
+  }
   const Scratch scratch(plane_floats() + sparse_conv2d_scratch(a, list_, widest_block_));
   bool finite;
   const float* from = source(x, scratch.floats(), threads, &finite);
@@ -83,8 +104,14 @@ void ConvPlan::forward(const float* x, float* y, const ConvEpilogue& epilogue, i
 }
 
 bool ConvPlan::weight_grad(const float* x, const float* grad_y, float* grad, int threads) const {
-  const ConvArguments a = with(threads);
+  const ConvArguments a = with(arguments_, threads);
   const int64_t partials = aligned(threads * (list_.n_nonzeros + 3));
+  if (bands_.count > 0) {
+    const ConvArguments band = with(band_, threads);
+    const Scratch scratch(partials + bands_scratch(band, source_, list_, widest_block_));
+    return weight_grad_bands(a, band, source_, bands_, list_, x, grad_y, scratch.floats(), grad,
+                             widest_block_, scratch.floats() + partials);
+  }
   const Scratch scratch(plane_floats() + partials + sparse_conv2d_scratch(a, list_, widest_block_));
   bool finite = true;
   const float* from = source(x, scratch.floats(), threads, &finite);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/sparse_conv2d.h"
+#include "cpu/sparse_conv2d_bands.h"
 
 namespace sparsemtl::cpu {
 
@@ -32,16 +33,18 @@ class ConvPlan {
   bool weight_grad(const float* x, const float* grad_y, float* grad, int threads) const;
 
  private:
-  ConvArguments with(int threads) const;
+  static ConvArguments with(ConvArguments a, int threads);
   int64_t plane_floats() const;
   // x, or its planes at the front of memory; finite: whether all of x is, if asked
   const float* source(const float* x, float* memory, int threads, bool* finite) const;
 
   std::vector<int32_t> taps_, offsets_;
-  ConvArguments arguments_;
+  ConvArguments arguments_, band_;
   SparseList list_;
   int64_t widest_block_;
   PlaneCopy copy_;
+  BandSource source_;
+  Bands bands_;  // none where the whole image is copied, or nothing
 };
 
 }  // namespace sparsemtl::cpu

@@ -18,7 +18,7 @@ _PER_BLOCK = 13
 _PER_BLOCK_OF_EMPTY = 34
 _EMPTY = 0.03  # density
 _PER_BLOCK_OF_FEW = 8  # where channels are few
-_PER_BLOCK_OF_VECTORS = 50  # whose inputs are loaded so seldom that the L2 cache will do
+_PER_BLOCK_OF_VECTORS = 1000  # whose inputs are loaded so seldom that the L2 cache will do
 _LARGEST_BLOCK = 1 << 16  # columns: positions in a block are 16 bits
 # From so many channels on, blocks hold channels of one tap; below, all taps of some channels.
 _CHANNELS_BY_TAP = 288

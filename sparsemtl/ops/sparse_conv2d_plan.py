@@ -28,6 +28,7 @@ _VECTORS = {"packed": 4, "few-rows": 8, "direct": 12, "grad": 8, "generic": 4}
 # planes are pages apart, which copies with their prefetches bear best.
 _FEW_PER_COLUMN = 5.0
 _FEW_PER_FLAT = 0.0
+_FEW_VECTORS_PER_FLAT = 4.0
 _FEW_PER_PANEL = 30.0  # nonzeros per column below which panels are wide and lie in the L2 cache
 _LEAST_FLAT = 256  # pixels of an image that is read as one row
 _FEW_ROWS = 160  # output channels whose sums stay in the L1 cache beside a panel
@@ -140,13 +141,14 @@ def plan_pass(
         # One row of pixels: no gaps, nothing to copy, but nothing behind the last pixel either.
         rows, columns, out, guarded = 1, pixels, (out[0], 1, pixels), True
         shape = Source(False, stride, 0, rows, columns, 0, 0)
-        mode = DIRECT if _reads_in_place(kind, per_column, vector, _FEW_PER_FLAT) else LINEAR
+        few = _FEW_PER_FLAT if vector == 1 else _FEW_VECTORS_PER_FLAT
+        mode = DIRECT if per_column < few and kind == "forward" else LINEAR
     elif len(taps) > 1 or phases > 1:
         padded = _padded(live, stride, rows, columns, out)
         waste = ((out[1] - 1) * padded.pitch + out[2]) / max(out[1] * out[2], 1)
         small = channels * phases * padded.plane_height * padded.pitch < 1 << 31
         grown = padded.plane_height * padded.pitch / max(rows * columns, 1)
-        if _reads_in_place(kind, per_column, vector, _FEW_PER_COLUMN):
+        if per_column < _FEW_PER_COLUMN or (vector > 1 and kind == "forward"):
             mode = DIRECT if small and waste < 1.5 and grown < 3 else TABLE
         elif (waste - 1) * per_column < 2.0 and grown < 2:
             mode = LINEAR
@@ -166,10 +168,6 @@ def plan_pass(
             shape.lead, shape.slack,
         ),
     )  # fmt: skip
-
-
-def _reads_in_place(kind: str, per_column: float, vector: int, few: float) -> bool:
-    return per_column < few or (vector > 1 and kind == "forward")
 
 
 def _padded(
