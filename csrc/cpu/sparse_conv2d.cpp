@@ -45,11 +45,14 @@ void fill_offsets(const ConvCall& call, int32_t* offsets, int threads) {
   const SparseList& list = call.list;
   const int64_t channels = p.channels / p.groups;
   const int64_t blocks = list.n_parts == 0 ? 0 : list.n_blocks / list.n_parts;  // of a part
+  int64_t columns = 0;
+  for (int64_t b = 0; b < list.n_blocks; ++b) columns += list.blocks[b].n_columns;
+  std::vector<int32_t> found(columns);  // here, because no exception may leave a parallel region
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t b = 0; b < list.n_blocks; ++b) {
     const PatternBlock& block = list.blocks[b];
     const int64_t first_channel = list.parts[b / blocks].group * channels;
-    std::vector<int32_t> of_column(block.n_columns);
+    int32_t* of_column = found.data() + block.first_column;
     for (int32_t j = 0; j < block.n_columns; ++j) {
       const int64_t column = list.columns[block.first_column + j];
       const int32_t* tap = p.taps + 3 * (column / channels);

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -265,6 +269,33 @@ def test_half_storage_is_rounded_once(dtype):
     exact = sparse_conv2d_reference(x.double(), weight.double(), padding=1)
     assert y.dtype is dtype
     torch.testing.assert_close(y.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+OUT_OF_MEMORY = """
+import resource, torch
+from sparsemtl.ops import pack_pattern, sparse_conv2d
+torch.set_num_threads(1)
+x, weight = torch.ones(1, 64, 900, 900), torch.ones(1, 64, 3, 3)
+pattern = pack_pattern(weight)
+sparse_conv2d(x[:, :, :9, :9].contiguous(), weight, pattern=pattern, padding=1)
+used = 1024 * int(next(l for l in open("/proc/self/status") if "VmSize" in l).split()[1])
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
+try:
+    sparse_conv2d(x, weight, pattern=pattern, padding=100, dilation=100)
+except MemoryError:
+    print("refused")
+y = sparse_conv2d(torch.ones(1, 64, 9, 9), weight, pattern=pattern, padding=1)
+assert y[0, 0, 4, 4] == 9 * 64
+"""
+
+
+@needs_native
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="tells memory by /proc")
+@pytest.mark.skipif("SPARSEMTL_TEST_NATIVE" in os.environ, reason="sanitizers map all of memory")
+def test_running_out_of_memory_is_an_exception_and_leaves_the_op_usable():
+    found = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip() == "refused"
 
 
 def test_float64_takes_the_reference():
