@@ -5,9 +5,10 @@
 
 Cases are layers of DeepLab-ResNet34 at 321x321, batch 1. Dense paths: torch NCHW, channels_last,
 blocked oneDNN (`to_mkldnn`) and, with --compiled, torch.compile with freezing; the row names the
-fastest, by median. Candidates take turns within one run. Each call is preceded by an untimed one of
-the same candidate, so that all are measured with warm caches. A row is printed only if the result
-agrees with float64; `roof` is the share that multiply-adds on live weights, padding included, have
+fastest, by median. Candidates take turns within one run. Each call is preceded by three untimed
+ones of the same candidate, so that all are measured with warm caches: what the candidate before has
+driven out comes back over two or three calls. A row is printed only if what it times agrees with
+float64; `roof` is the share that multiply-adds on live weights, padding included, have
 in what the cores reach in registers.
 """
 
@@ -47,6 +48,7 @@ CASES = {  # C, K, kernel, dilation, map
 }
 SPARSITIES = (0.8, 0.9, 0.95, 0.99)
 PASSES = ("forward", "training")
+SETTLE = 3  # untimed calls before each timed one
 GHZ = 4.27  # of the machine of the committed results, from 273 GF/s of multiply-adds per core
 _FLOPS_PER_CYCLE = {"avx512": 64, "avx2": 32, "generic": 8}
 
@@ -125,8 +127,14 @@ def dense_calls(x: Tensor, w: Tensor, grad: Tensor, options: dict, compiled: boo
     return calls
 
 
-def relative_error(x: Tensor, w: Tensor, grad: Tensor, options: dict, pattern: Pattern) -> float:
-    """Largest error of value and gradients against float64, relative to the largest entry."""
+def relative_error(
+    x: Tensor, w: Tensor, grad: Tensor, options: dict, pattern: Pattern, kind: str
+) -> float:
+    """Largest error against float64, relative to the largest entry; of gradients too if timed."""
+    if kind == "forward":
+        expected = F.conv2d(x.double(), w.double(), **options)
+        error = (sparse_conv2d(x, w, pattern=pattern, **options) - expected).abs().max()
+        return (error / expected.abs().max()).item()
     wide = [t.double().requires_grad_() for t in (x, w)]
     expected = F.conv2d(*wide, **options)
     wanted = [expected, *torch.autograd.grad(expected, wide, grad.double())]
@@ -139,14 +147,15 @@ def relative_error(x: Tensor, w: Tensor, grad: Tensor, options: dict, pattern: P
 
 
 def time_warm(calls: dict[str, Call], rounds: int, budget: float) -> dict[str, list[float]]:
-    """Seconds of each call; in turn, each behind an untimed call of its own."""
+    """Seconds of each call; in turn, each behind untimed calls of its own."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
     while len(times[next(iter(calls))]) < rounds:
         if time.perf_counter() - begin > budget and len(times[next(iter(calls))]) >= 3:
             break
         for name, call in calls.items():
-            call()
+            for _ in range(SETTLE):
+                call()
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
@@ -165,7 +174,7 @@ def measure(
     """One row; raises AssertionError where the result is wrong."""
     x, w, grad, options = make(case, sparsity, structure)
     pattern = pack_pattern(w, structure=structure)
-    error = relative_error(x, w, grad, options, pattern)
+    error = relative_error(x, w, grad, options, pattern, kind)
     assert error < 1e-5, f"{case} {kind} {structure} {sparsity}: relative error {error:.1e}"
     calls = dense_calls(x, w, grad, options, compiled, kind)
     dense = list(calls)
@@ -228,12 +237,24 @@ def steady_memory() -> None:
 def bench_sparse_conv2d(benchmark, case: str, call: str) -> None:
     x, w, grad, options = make(case, 0.9, "element")
     pattern = pack_pattern(w)
-    assert relative_error(x, w, grad, options, pattern) < 1e-5
+    assert relative_error(x, w, grad, options, pattern, "forward") < 1e-5
     calls = dense_calls(x, w, grad, options, False, "forward")
     calls["sparse"] = lambda: sparse_conv2d(x, w, pattern=pattern, **options)
     benchmark.extra_info.update(machine())
     with torch.no_grad():
         benchmark.pedantic(calls[call], rounds=10, warmup_rounds=2)
+
+
+def save(path: Path, line: dict[str, object], rows: list[dict[str, object]], add: bool) -> None:
+    """Write the rows with the machine's line; or add them to, or put them in place of, a file's."""
+    path.parent.mkdir(exist_ok=True)
+    rows = [{**row, "threads": line["threads"], "isa": line["isa"]} for row in rows]
+    if add and path.exists():
+        names = ("case", "pass", "structure", "sparsity", "threads", "isa")
+        new = {tuple(row[name] for name in names) for row in rows}
+        kept = json.loads(path.read_text())["rows"]
+        rows = [r for r in kept if tuple(r.get(name) for name in names) not in new] + rows
+    path.write_text(json.dumps({"machine": line, "rows": rows}, indent=1) + "\n")
 
 
 def main() -> int:
@@ -247,6 +268,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--budget", type=float, default=6.0, help="seconds of a row")
     parser.add_argument("--compiled", action="store_true", help="time torch.compile too")
+    parser.add_argument("--add", action="store_true", help="keep the other rows of --out")
     parser.add_argument("--out", default=str(RESULTS / "sparse_conv2d.json"))
     args = parser.parse_args()
     steady_memory()
@@ -275,9 +297,7 @@ def main() -> int:
                     f"{row['fraction_of_roof']:>6.0%}{must if must else '':>6}",
                     flush=True,
                 )
-    Path(args.out).parent.mkdir(exist_ok=True)
-    with open(args.out, "w") as file:
-        json.dump({"machine": line, "rows": rows}, file, indent=1)
+    save(Path(args.out), line, rows, args.add)
     return 0 if met else 1
 
 
