@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from sparsemtl.models.dropout import Dropout
+
 RATES = (6, 12, 18, 24)
 HIDDEN = 1024
 
@@ -50,9 +52,9 @@ def _branch(
     return nn.Sequential(
         nn.Conv2d(in_channels, hidden, 3, padding=rate, dilation=rate),
         nn.ReLU(),
-        nn.Dropout(dropout),
+        Dropout(dropout),
         nn.Conv2d(hidden, hidden, 1),
         nn.ReLU(),
-        nn.Dropout(dropout),
+        Dropout(dropout),
         nn.Conv2d(hidden, out_channels, 1),
     )
