@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "cpu/isa.h"
+#include "cpu/masking.h"
 #include "cpu/memory.h"
 #include "cpu/roof.h"
 #include "cpu/soft_threshold.h"
@@ -105,6 +106,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("waiting_bytes", &cpu::waiting_bytes);
   m.def("mapped_blocks", &cpu::mapped_blocks);
   m.def("release_memory", &cpu::release_memory);
+  m.def("apply_mask", &cpu::apply_mask, py::arg("x"), py::arg("keep"), py::arg("out"), py::arg("n"),
+        py::arg("threads"), Unlocked());
   m.def("roof_flops", &cpu::roof_flops, py::arg("rounds"));
   m.def("run_roof", &cpu::run_roof, py::arg("rounds"), py::arg("threads"), Unlocked());
   m.attr("SOFT_THRESHOLD_CHUNK") = cpu::kSoftThresholdChunk;

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/masking.h"
 #include "cpu/roof.h"
 #include "cpu/soft_threshold.h"
 #include "cpu/sparse_conv2d.h"
@@ -22,6 +23,7 @@ struct Kernels {
   ThresholdAdamKernel threshold_adam[3];  // by DType of the values
   RoofKernel roof;
   engine::RowKernels rows;
+  MaskingKernel masking;
 };
 
 const Kernels& kernels_generic();

@@ -14,6 +14,8 @@ namespace {
 #include "cpu/roof_body.h"
 // after sparse_conv2d, whose vectors it uses
 #include "engine/rows.inc.h"
+// needs none of them
+#include "cpu/masking_body.h"
 
 }  // namespace
 
@@ -27,6 +29,7 @@ const Kernels& kernels_generic() {
       {&threshold_adam<float>, &threshold_adam<Bf16>, &threshold_adam<Half>},
       {kLanes, &multiply_add_in_registers},
       kRowKernels,
+      &masking,
   };
   return kernels;
 }

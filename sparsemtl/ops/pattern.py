@@ -40,7 +40,8 @@ class Pattern:
     keep:      the mask that the pattern was given, or None if it is where the weight is not zero
 
     A pattern without a mask follows its weight: `update` compares bits and repacks only if they
-    differ. A pattern with a mask is fixed, and `update` refuses a weight that it does not cover.
+    differ. A pattern with a mask is fixed, and `update` refuses a weight that it does not cover,
+    unless the weight is a master weight, whose values outside the mask are not looked at.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Pattern:
         groups: int = 1,
         structure: str = "element",
         keep: Tensor | None = None,
+        master: bool = False,
     ) -> None:
         _check(weight, groups, structure, keep)
         self.shape = tuple(weight.shape)
@@ -57,6 +59,7 @@ class Pattern:
         self.structure = structure
         self.vector = STRUCTURES[structure]
         self.keep = None if keep is None else keep.detach().to(weight.device).contiguous()
+        self.master = master
         self._native = weight.is_cpu and why_not_native() is None
         self._lists: dict[str, PackedList] = {}
         self._fresh: set[str] = set()  # lists that hold the values of the present weight
@@ -65,7 +68,7 @@ class Pattern:
         self._dense = _flat(weight)
         self._find(self._dense if keep is None else None)
         self._remember(weight)
-        if keep is not None:
+        if keep is not None and not master:
             self._check_covered(self._dense)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -99,7 +102,8 @@ class Pattern:
         dense = _flat(weight)
         changed = False
         if self.keep is not None:
-            self._check_covered(dense)
+            if not self.master:
+                self._check_covered(dense)
         else:
             bits, _ = self._bits_of(dense, self.vector)
             changed = not torch.equal(bits, self._bits)
@@ -310,7 +314,12 @@ def _check(weight: Any, groups: int, structure: str, keep: Any) -> None:
 
 
 def pack_pattern(
-    weight: Tensor, *, groups: int = 1, structure: str = "element", keep: Tensor | None = None
+    weight: Tensor,
+    *,
+    groups: int = 1,
+    structure: str = "element",
+    keep: Tensor | None = None,
+    master: bool = False,
 ) -> Pattern:
     """Build the pattern of a convolution's weight.
 
@@ -319,7 +328,8 @@ def pack_pattern(
     structure: "element", or "vector(4)", "vector(8)", "vector(16)": that many consecutive output
                channels (of a group) share their live positions; any nonzero keeps its vector
     keep:      bool of the weight's shape, what is alive; default: what is not zero, NaN included
+    master:    with `keep`: the weight may have values outside it, which count as zero
     returns:   the pattern, which `sparse_conv2d` takes
     raises:    TypeError, ValueError for other arguments, or for a nonzero outside `keep`
     """
-    return Pattern(weight, groups=groups, structure=structure, keep=keep)
+    return Pattern(weight, groups=groups, structure=structure, keep=keep, master=master)

@@ -1,10 +1,11 @@
 """Dense or sparse, layer by layer and pass by pass: whichever was measured faster on this machine.
 
 A convolution has three passes: forward, input gradient, weight gradient. For each layer shape and
-density bucket all three are timed once, dense against sparse, on the tensors at hand, the packing
-of a mask that still moves included. Choices are kept in a file of this machine
-(`SPARSEMTL_CACHE`, by default ~/.cache/sparsemtl) and in a run's checkpoints: the same seed must
-give the same bits again, and dense and sparse kernels differ in the last ones. Where the file
+density bucket all three are timed once, dense against sparse, on the tensors at hand, with what
+each needs beside it: a mask that still moves is packed anew each step, the values of a fixed one
+are gathered, and a dense pass masks the weight and its gradient. Choices are kept in a file of this
+machine (`SPARSEMTL_CACHE`, by default ~/.cache/sparsemtl) and in a run's checkpoints: the same seed
+must give the same bits again, and dense and sparse kernels differ in the last ones. Where the file
 cannot be written, layers stay dense.
 """
 
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from sparsemtl.ops.masking import mask_, masked
 from sparsemtl.ops.pattern import Pattern, pack_pattern
 from sparsemtl.ops.sparse_conv2d import sparse_conv2d_grads, sparse_conv2d_values
 from sparsemtl.ops.sparse_conv2d_plan import Geometry
@@ -88,6 +90,11 @@ class Choices:
             self._known[key] = DENSE
         return self._known[key]
 
+    def forget(self) -> None:
+        """Know nothing but what the machine's file says."""
+        self._known.clear()
+        self._pinned.clear()
+
     def state_dict(self) -> dict[str, Any]:
         """All choices that this process knows of, for a checkpoint."""
         return {k: list(astuple(v)) for k, v in {**self._known, **self._pinned}.items()}
@@ -131,56 +138,70 @@ def layer_key(x: Tensor, weight: Tensor, g: Geometry, bucket: int, fixed: bool) 
 
 
 def choose(
-    x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, pattern: Pattern, fixed: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    g: Geometry,
+    pattern: Pattern,
+    keep: Tensor | None = None,
 ) -> PassChoice:
-    """The choice for these tensors, measured now if it is not known."""
+    """The choice for these tensors, measured now if it is not known.
+
+    keep: the fixed mask of a master weight; None where the weight's own zeros are what is dead
+    """
     bucket = density_bucket(pattern.nonzeros / max(1, weight.numel()))
     if bucket is None or x.numel() == 0 or weight.numel() == 0:
         return DENSE
-    key = layer_key(x, weight, g, bucket, fixed)
+    key = layer_key(x, weight, g, bucket, keep is not None)
     known = CHOICES.find(key)
-    return known if known is not None else CHOICES.keep(key, measure(x, weight, bias, g, fixed))
+    return known if known is not None else CHOICES.keep(key, measure(x, weight, bias, g, keep))
 
 
-def measure(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, fixed: bool) -> PassChoice:
+def measure(
+    x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, keep: Tensor | None = None
+) -> PassChoice:
     """Time the passes that will run, dense against sparse, on these very tensors."""
     training = torch.is_grad_enabled()
     x_needs_grad, x = x.requires_grad, x.detach()
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     begin = time.perf_counter()
-    pattern = pack_pattern(weight, groups=g.groups)
+    pattern = pack_pattern(weight, groups=g.groups, keep=keep, master=keep is not None)
     with torch.no_grad():
         y = sparse_conv2d_values(x, weight, bias, g, pattern)
         grad = torch.ones_like(y, memory_format=torch.preserve_format)
         calls: dict[str, Callable[[], object]] = {
-            "dense forward": partial(dense_forward, x, weight, bias, g),
+            "dense forward": partial(_dense_forward, x, weight, bias, g, keep),
             "sparse forward": partial(sparse_conv2d_values, x, weight, bias, g, pattern),
         }
         for name, needs in (("input_grad", (True, False)), ("weight_grad", (False, True))):
             if training and (name == "weight_grad" or x_needs_grad):
                 sparse = partial(sparse_conv2d_grads, grad, x, weight, g, pattern, needs)
-                calls[f"dense {name}"] = partial(dense_grads, grad, x, weight, g, needs)
+                calls[f"dense {name}"] = partial(_dense_grads, grad, x, weight, g, needs, keep)
                 calls[f"sparse {name}"] = sparse
         seconds = {name: t.best for name, t in interleave(calls, ROUNDS, 1, budget=BUDGET).items()}
-        # A mask that still moves is packed anew each step, and what that costs must be won back.
-        packing = 0.0 if fixed else _packing_seconds(weight, g, pattern, training)
+        following = _following_seconds(weight, pattern, training)
     passes = {name.removeprefix("dense ") for name in seconds if name.startswith("dense ")}
     gains = {p: MARGIN * seconds[f"dense {p}"] - seconds[f"sparse {p}"] for p in passes}
     won = {p for p, gain in gains.items() if gain > 0.0}
-    pays = sum(gains[p] for p in won) > packing
+    pays = sum(gains[p] for p in won) > following
     log.info("measured %s in %.2f s: %s", list(weight.shape), time.perf_counter() - begin, seconds)
     return PassChoice(**dict.fromkeys(won, True)) if pays else DENSE
 
 
-def _packing_seconds(weight: Tensor, g: Geometry, pattern: Pattern, training: bool) -> float:
+def _following_seconds(weight: Tensor, pattern: Pattern, training: bool) -> float:
+    """What the lists of a pattern cost each step: packed anew, or of a fixed mask just filled."""
     best = float("inf")
-    for _ in range(2):
+    for turn in range(3):
         begin = time.perf_counter()
-        pattern = pack_pattern(weight, groups=g.groups)
+        if pattern.keep is None:
+            pattern = pack_pattern(weight, groups=pattern.groups)
+        else:
+            pattern.update(weight.clone())  # another tensor: its values are read again
         pattern.forward_list()
         if training:
             pattern.transposed_list()
-        best = min(best, time.perf_counter() - begin)
+        if turn > 0:  # the first time, a fixed mask's transposed list is made
+            best = min(best, time.perf_counter() - begin)
     return best
 
 
@@ -200,11 +221,34 @@ def dense_grads(
     return grad_x, grad_weight
 
 
+def _dense_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, keep: Tensor | None
+) -> Tensor:
+    return dense_forward(x, weight if keep is None else masked(weight, keep), bias, g)
+
+
+def _dense_grads(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    g: Geometry,
+    needs: tuple[bool, bool],
+    keep: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `dense_grads`, the weight's gradient zero outside the mask."""
+    grad_x, grad_weight = dense_grads(grad, x, weight, g, needs)
+    if keep is not None and grad_weight is not None:
+        mask_(grad_weight, keep)
+    return grad_x, grad_weight
+
+
 class ChosenConv2d(torch.autograd.Function):
     """A convolution whose passes each run dense or sparse.
 
-    The weight's gradient is that of the dense convolution on live weights; on dead ones it may be
-    0 already, which the soft threshold's or the mask's own backward makes of it anyway.
+    keep: None: the weight's gradient is that of the dense convolution on live weights; on dead ones
+          it may be 0 already, which the soft threshold's own backward makes of it anyway.
+          A mask: the weight is a master weight that counts inside the mask alone, and so is its
+          gradient; sparse passes read it in place, for dense ones it is masked.
     """
 
     @staticmethod
@@ -216,31 +260,39 @@ class ChosenConv2d(torch.autograd.Function):
         g: Geometry,
         pattern: Pattern,
         choice: PassChoice,
+        keep: Tensor | None = None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.g, ctx.pattern, ctx.choice = g, pattern, choice
+        x_needed = ctx.needs_input_grad[0]
+        dense = weight
+        if keep is not None and not (choice.forward and (choice.input_grad or not x_needed)):
+            dense = masked(weight, keep)
+        # A dense pass that nothing will run needs no copy of the weight to live on.
+        later = dense if x_needed and not choice.input_grad else weight
+        ctx.save_for_backward(x, weight, None if later is weight else later)
+        ctx.g, ctx.pattern, ctx.choice, ctx.keep = g, pattern, choice, keep
         if choice.forward:
             return sparse_conv2d_values(x, weight, bias, g, pattern)
-        return dense_forward(x, weight, bias, g)
+        return dense_forward(x, dense, bias, g)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        x_needed, weight_needed, bias_needed = ctx.needs_input_grad[:3]
+        x, weight, dense = ctx.saved_tensors
+        dense = weight if dense is None else dense
+        needed = ctx.needs_input_grad
+        sparse = (ctx.choice.input_grad, ctx.choice.weight_grad)
         grads: list[Tensor | None] = [None, None]
-        for place, (needed, sparse) in enumerate(
-            ((x_needed, ctx.choice.input_grad), (weight_needed, ctx.choice.weight_grad))
-        ):
-            needs = (needed and place == 0, needed and place == 1)
-            if needed and sparse:
-                grads[place] = sparse_conv2d_grads(grad, x, weight, ctx.g, ctx.pattern, needs)[
-                    place
-                ]
-            elif needed:
-                grads[place] = dense_grads(grad, x, weight, ctx.g, needs)[place]
-        grad_bias = grad.sum((0, 2, 3)) if bias_needed else None
-        return grads[0], grads[1], grad_bias, None, None, None
+        for place in (0, 1):
+            needs = (needed[0] and place == 0, needed[1] and place == 1)
+            if needed[place] and sparse[place]:
+                found = sparse_conv2d_grads(grad, x, weight, ctx.g, ctx.pattern, needs)
+            elif needed[place]:
+                found = _dense_grads(grad, x, dense, ctx.g, needs, ctx.keep)
+            else:
+                continue
+            grads[place] = found[place]
+        grad_bias = grad.sum((0, 2, 3)) if needed[2] else None
+        return grads[0], grads[1], grad_bias, None, None, None, None
 
 
 def _read(path: Path) -> dict[str, dict[str, PassChoice]]:

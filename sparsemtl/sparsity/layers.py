@@ -36,11 +36,10 @@ class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[misc]  # weight: the
     """nn.Conv2d whose weight is shrunk by its component's threshold. [B, C, H, W] → [B, K, h, w]"""
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.effective_weight()
         slot = self.slot
-        if slot is not None and self._sparse_fits(input) and slot.sparse_kernels:
-            return slot.convolve(input, weight, self.bias, self._geometry())
-        return self._conv_forward(input, weight, self.bias)
+        if slot is not None and slot.sparse_kernels and self._sparse_fits(input):
+            return slot.convolve(input, self.weight, self.bias, self._geometry())
+        return self._conv_forward(input, self.effective_weight(), self.bias)
 
     def _sparse_fits(self, input: Tensor) -> bool:
         """Whether the sparse kernels take this layer and input at all."""

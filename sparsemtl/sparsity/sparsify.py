@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsemtl.models.component import Component, find_components, merge_components
+from sparsemtl.ops.masking import mask_weight
 from sparsemtl.ops.pattern import Pattern, pack_pattern
 from sparsemtl.ops.soft_threshold import soft_threshold, soft_threshold_component
 from sparsemtl.ops.sparse_conv2d_plan import Geometry
@@ -35,6 +36,7 @@ class Slot:
     group: int
     place: int
     pattern: Pattern | None = field(default=None, compare=False)  # of the last effective weight
+    packed: tuple[Tensor, int] | None = field(default=None, compare=False)  # its mask, and version
 
     def effective_weight(self, weight: Tensor) -> Tensor:
         return self.sparsity.effective_weight(self.group, self.place, weight)
@@ -47,22 +49,38 @@ class Slot:
         )
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
-        """The convolution with the effective weight, each pass dense or sparse as measured."""
+        """The convolution with what is alive of a master weight, each pass as measured faster."""
         masks = self.sparsity.masks
         keep = None if masks is None else masks[self.group][self.place]
-        pattern = self.pattern
-        if pattern is None or pattern.groups != g.groups or pattern.keep is not keep:
-            pattern = self.pattern = pack_pattern(weight, groups=g.groups, keep=keep)
-        else:
-            pattern.update(weight)
-        picked = choose(x, weight, bias, g, pattern, fixed=keep is not None)
-        if not picked.any:
+        if keep is None:
+            weight = self.effective_weight(weight)
+        pattern = self._pattern(weight, g, keep)
+        picked = choose(x, weight, bias, g, pattern, keep)
+        if not picked.any and (keep is None or pattern.nonzeros == weight.numel()):
             return dense_forward(x, weight, bias, g)
-        y: Tensor = ChosenConv2d.apply(x, weight, bias, g, pattern, picked)
+        if picked.any:
+            pattern.update(weight)
+        y: Tensor = ChosenConv2d.apply(x, weight, bias, g, pattern, picked, keep)
         return y
 
+    def _pattern(self, weight: Tensor, g: Geometry, keep: Tensor | None) -> Pattern:
+        """What is alive now. A fixed mask is packed once; its values follow when they are used."""
+        pattern, packed = self.pattern, self.packed
+        if keep is None:
+            same = packed is None
+        else:
+            same = packed is not None and packed[0] is keep and packed[1] == keep._version
+        if pattern is None or pattern.groups != g.groups or not same:
+            pattern = self.pattern = pack_pattern(
+                weight, groups=g.groups, keep=keep, master=keep is not None
+            )
+            self.packed = None if keep is None else (keep, keep._version)
+        elif keep is None:
+            pattern.update(weight)
+        return pattern
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pattern": None}  # packed anew from the weight
+        return {**self.__dict__, "pattern": None, "packed": None}  # packed anew from the weight
 
 
 class Sparsity(nn.Module):
@@ -111,7 +129,7 @@ class Sparsity(nn.Module):
         if self._values is not None:
             return self._values[group][place]
         if self.masks is not None:
-            return torch.where(self.masks[group][place], weight, weight.new_zeros(()))
+            return mask_weight(weight, self.masks[group][place])
         return soft_threshold(weight, torch.sigmoid(self.theta[group]))
 
     def dead_count(self, group: int, place: int) -> int:
@@ -150,7 +168,7 @@ class Sparsity(nn.Module):
                     shrunk = weight.abs().sub_(alpha[g].to(weight)).clamp_(min=0.0)
                     shrunk = torch.copysign(shrunk, weight)
                     weight.copy_(torch.where(mask, shrunk, shrunk.new_zeros(())))
-        self.masks = masks
+        self.masks = self._laid_out(masks)
         self.ready.clear()
         self.theta.requires_grad_(False)
         self.theta.grad = None
@@ -164,12 +182,28 @@ class Sparsity(nn.Module):
         """
         if keep_dormant:
             self._check_masks(masks)
-            self.masks = masks
+            self.masks = self._laid_out(masks)
             self.ready.clear()
             self.theta.requires_grad_(False)
         else:
             self.freeze(masks, torch.zeros_like(self.theta))
         self.open = False
+
+    def lay_out_for_kernels(self) -> None:
+        """Make every weight contiguous, in which form the sparse kernels read it without a copy.
+
+        Before an optimizer is made: its state lies in memory as the weights do.
+        """
+        for group in range(len(self.groups)):
+            for weight in self.weights(group):
+                weight.data = weight.data.contiguous()
+
+    def _laid_out(self, masks: list[list[Tensor]]) -> list[list[Tensor]]:
+        """The masks, each on its weight's device and in its memory format: read in step with it."""
+        return [
+            [_laid_out_like(m, w) for m, w in zip(group, self.weights(g), strict=True)]
+            for g, group in enumerate(masks)
+        ]
 
     def _check_masks(self, masks: list[list[Tensor]]) -> None:
         found = [[tuple(m.shape) for m in group] for group in masks]
@@ -214,7 +248,7 @@ class Sparsity(nn.Module):
             self.theta.copy_(state["theta"])
         if masks is not None:
             self._check_masks(masks)
-            masks = [[m.to(self.theta.device) for m in group] for group in masks]
+            masks = self._laid_out(masks)
         self.masks = masks
         self.theta.requires_grad_(masks is None)
 
@@ -298,6 +332,12 @@ def desparsify(model: nn.Module) -> nn.Module:
             model._forward_hooks_always_called.pop(key, None)
     del model.sparsity
     return model
+
+
+def _laid_out_like(mask: Tensor, weight: Tensor) -> Tensor:
+    if mask.device == weight.device and mask.stride() == weight.stride():
+        return mask
+    return torch.empty_like(weight, dtype=torch.bool).copy_(mask)
 
 
 def _same_type(value: Tensor, weight: Tensor) -> bool:

@@ -120,6 +120,8 @@ class TrainState:
         sparsity = getattr(model, "sparsity", None)
         if isinstance(sparsity, Sparsity):
             sparsity.sparse_kernels = config.runtime.sparse_kernels
+            if sparsity.sparse_kernels:
+                sparsity.lay_out_for_kernels()
         weighting = build_weighting(
             config.weighting or WeightingConfig(method.default_weighting),
             list(tasks),

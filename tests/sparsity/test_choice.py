@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from sparsemtl.sparsity.choice import BUCKETS, DENSE, Choices, PassChoice, densi
 from sparsemtl.sparsity.controller import freeze_exactly
 from sparsemtl.sparsity.sparsify import sparsify
 from tests.sparsity.conftest import make_model
+
+sparsify_module = sys.modules["sparsemtl.sparsity.sparsify"]
 
 SPARSE = PassChoice(True, True, True)
 
@@ -126,6 +129,59 @@ def test_the_mask_may_move_under_a_sparse_layer(image, monkeypatch):
         torch.testing.assert_close(found["depth"], expected["depth"], rtol=1e-4, atol=1e-5)
     freeze_exactly(model.sparsity, 0.9)
     passes(model, image)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("picked", [DENSE, SPARSE, PassChoice(True), PassChoice(False, True)])
+def test_dormant_weights_outside_a_fixed_mask_have_no_effect(
+    image, picked, memory_format, monkeypatch
+):
+    monkeypatch.setattr(choice, "measure", lambda *a: picked)
+    model = sparsify(make_model().to(memory_format=memory_format), theta_init=-3.7)
+    freeze_exactly(model.sparsity, 0.8)
+    expected, expected_grads = passes(model, image)
+    with torch.no_grad():  # as momentum would
+        for group, masks in enumerate(model.sparsity.masks):
+            for weight, mask in zip(model.sparsity.weights(group), masks, strict=True):
+                weight.masked_fill_(~mask, 7.0)
+    model.sparsity.sparse_kernels = True
+    found, grads = passes(model, image)
+    torch.testing.assert_close(found["depth"], expected["depth"], rtol=1e-4, atol=1e-5)
+    for group, masks in enumerate(model.sparsity.masks):
+        for weight, mask in zip(model.sparsity.weights(group), masks, strict=True):
+            assert not weight.grad[~mask].any()
+            assert weight.grad.stride() == weight.stride() or picked != DENSE
+    for name, value in expected_grads.items():
+        scale = value.abs().max() + 1e-12
+        torch.testing.assert_close(grads[name] / scale, value / scale, rtol=2e-3, atol=2e-4)
+
+
+def test_a_fixed_mask_is_packed_once_and_its_values_follow(image, monkeypatch):
+    monkeypatch.setattr(choice, "measure", lambda *a: SPARSE)
+    packed = []
+    real = sparsify_module.pack_pattern
+    monkeypatch.setattr(
+        sparsify_module, "pack_pattern", lambda *a, **k: packed.append(1) or real(*a, **k)
+    )
+    model = sparsify(make_model(), theta_init=-3.7)
+    freeze_exactly(model.sparsity, 0.9)
+    model.sparsity.sparse_kernels = True
+    passes(model, image)
+    count = len(packed)
+    with torch.no_grad():
+        for parameter in model.backbone.parameters():
+            parameter.mul_(0.5)
+    found, _ = passes(model, image)
+    assert len(packed) == count > 0
+    model.sparsity.sparse_kernels = False
+    torch.testing.assert_close(passes(model, image)[0]["depth"], found["depth"])
+    model.sparsity.sparse_kernels = True
+    turned = [[m.flip(0) for m in group] for group in model.sparsity.masks]
+    model.sparsity.fix_masks(turned, keep_dormant=True)
+    moved, _ = passes(model, image)
+    assert len(packed) == 2 * count
+    model.sparsity.sparse_kernels = False
+    torch.testing.assert_close(passes(model, image)[0]["depth"], moved["depth"])
 
 
 def test_models_with_patterns_copy_and_pickle(image, monkeypatch):
