@@ -15,11 +15,14 @@ import tyro
 from sparsemtl.cli.bench_options import BenchOptions, check_positive, check_sparsities, pick
 from sparsemtl.cli.bench_tables import COLUMNS, Lines, begin
 from sparsemtl.errors import unknown_choice
-from sparsemtl.measure import bench_adam, bench_conv, bench_threshold
+from sparsemtl.measure import bench_adam, bench_conv, bench_step, bench_threshold
 from sparsemtl.measure.conv_cases import all_cases
 from sparsemtl.measure.dense_conv import Compiler
+from sparsemtl.measure.pruned import parse_prune, parse_tasks
 from sparsemtl.measure.roof import measure_roof
+from sparsemtl.models.config import MODELS
 from sparsemtl.ops.pattern import STRUCTURES
+from sparsemtl.tasks import TASKS
 
 
 @dataclass(kw_only=True)
@@ -149,6 +152,56 @@ class BenchAdam(BenchOptions):
         return 0
 
 
+@dataclass(kw_only=True)
+class BenchStep(BenchOptions):
+    """A whole training step, dense and sparse, of a model of the registry."""
+
+    model: str = "deeplab-resnet34"
+    """deeplab-resnet18, deeplab-resnet34 or mobilenetv2."""
+    tasks: str = "segmentation:40,normals:3,depth:1"
+    """Heads: names with their channels."""
+    sparsity: tuple[str, ...] = ("adapmtl-split",)
+    """Fractions of zeros, adapmtl-split, or component=fraction pairs; one row each."""
+    mask: tuple[str, ...] = ("fixed",)
+    """fixed (after the ramp), open (during it), or both."""
+    masked: bool = False
+    """Time the step that computes with zeros, too."""
+    image: tuple[int, int] = (321, 321)
+    """Height and width."""
+    batch: int = 1
+    rounds: int = 5
+    """Interleaved rounds."""
+
+    def run(self) -> int:
+        tasks = parse_tasks("--tasks", self.tasks)
+        splits = {text: parse_prune("--sparsity", text, tasks) for text in self.sparsity}
+        if not splits:
+            raise ValueError("Expected --sparsity to name at least one split, got none")
+        for name in self.mask:
+            if name not in bench_step.MASKS:
+                raise ValueError(unknown_choice("--mask", name, bench_step.MASKS))
+        for name in tasks:
+            if name not in TASKS:
+                raise ValueError(unknown_choice("a task of --tasks", name, TASKS))
+        if self.model not in MODELS:
+            raise ValueError(unknown_choice("--model", self.model, MODELS))
+        for flag, value in (("--batch", self.batch), ("--rounds", self.rounds)):
+            check_positive(flag, value)
+        check_positive("--image", min(self.image))
+        self.prepare()
+        bench_conv.steady_memory()
+        begin(None)
+        setup = bench_step.StepSetup(self.model, tasks, self.image, self.batch)
+        lines, rows = Lines({**COLUMNS, "mask": ("mask", 5, "s")}), []
+        masks = self.mask or ("fixed",)
+        found = bench_step.measure_step(setup, splits, masks, self.rounds, with_masked=self.masked)
+        for row in found:
+            rows.append(row)
+            lines.show(row)
+        self.finish("step", rows, None, draw_steps)
+        return 0
+
+
 def force_isa(name: str | None) -> None:
     """Switch the kernels' instruction set.   raises: ValueError naming the flag"""
     from sparsemtl.ops.availability import native_module, why_not_native
@@ -168,6 +221,12 @@ def print_roof_note(rows: list[dict[str, Any]]) -> None:
             f"{row['case']}, {row['pass']}, {row['sparsity']:g}: {row['times_copy']:.2f}× the time "
             f"of a copy of the same bytes ({row['copy_ms']:.4g} ms), on {row['backend']}"
         )
+
+
+def draw_steps(rows: Any, machine: str) -> Any:
+    from sparsemtl.report.bench_plots import step_times
+
+    return step_times(rows, machine)
 
 
 def draw_speedups(rows: Any, machine: str) -> Any:

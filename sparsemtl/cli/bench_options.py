@@ -115,8 +115,9 @@ def check_writable(flag: str, path: Path) -> None:
     """raises ValueError or OSError unless a file can be written there; before any measurement."""
     if path.is_dir():
         raise ValueError(f"Expected {flag} to name a file, got the folder {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"Expected {flag} to name a file in a folder that exists, got {path}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError:
         print("the command line needs tyro: pip install tyro rich", file=sys.stderr)
         return 2
-    from sparsemtl.cli.bench import BenchAdam, BenchConv, BenchThreshold
+    from sparsemtl.cli.bench import BenchAdam, BenchConv, BenchStep, BenchThreshold
     from sparsemtl.cli.compare import Compare
     from sparsemtl.cli.data import CheckData, WriteScenes
     from sparsemtl.cli.demo import Demo
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Annotated[BenchConv, tyro.conf.subcommand("conv")]
         | Annotated[BenchThreshold, tyro.conf.subcommand("threshold")]
         | Annotated[BenchAdam, tyro.conf.subcommand("adam")]
+        | Annotated[BenchStep, tyro.conf.subcommand("step")]
     )
     verbs = (
         Annotated[Train, tyro.conf.subcommand("train")]

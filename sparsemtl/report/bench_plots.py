@@ -41,6 +41,48 @@ def speedups(rows: Rows, machine: str) -> Figure:
     return figure
 
 
+def step_times(rows: Rows, machine: str) -> Figure:
+    """Time of a training step against the overall sparsity; splits by component are marked apart.
+
+    rows: of `bench step`, with mask, split, sparsity, dense_ms, sparse_ms, medians_ms
+    """
+    figure = Figure(figsize=(8.5, 4.8), layout="constrained")
+    axis = figure.subplots()
+    for m, mask in enumerate(dict.fromkeys(row["mask"] for row in rows)):
+        own = sorted((r for r in rows if r["mask"] == mask), key=lambda r: r["sparsity"])
+        label = "sparse kernels" + ("" if mask == "fixed" else ", mask still open")
+        series = [("sparse_ms", label, "-")]
+        if m == 0:
+            series += [("dense_ms", "dense, fastest", "--")]
+        if m == 0 and "masked" in own[0]["medians_ms"]:
+            own = [{**row, "masked_ms": row["medians_ms"]["masked"]} for row in own]
+            series += [("masked_ms", "zeros in dense kernels", ":")]
+        for i, (key, name, style) in enumerate(series):
+            even = [r for r in own if len(set(r["split"].values())) == 1]
+            colour = COLOURS[(3 * m + i) % 6]
+            axis.plot(
+                [100 * r["sparsity"] for r in even],
+                [r[key] for r in even],
+                *(style,),
+                marker=MARKERS[i],
+                color=colour,
+                label=name,
+            )
+            for row in (r for r in own if r not in even):
+                axis.plot(100 * row["sparsity"], row[key], "*", ms=12, color=colour)
+                if key == "sparse_ms":
+                    text = f" {row['case'].split()[-1]}: {row['speedup']:.2f}×"
+                    axis.annotate(text, (100 * row["sparsity"], row[key]), fontsize=8, va="top")
+    axis.set_ylim(0)
+    axis.set_xlabel("sparsity over all components, %")
+    axis.set_ylabel("training step, ms")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    figure.suptitle(f"{rows[0]['case'].split()[0]} · {machine}", fontsize=8, x=0.01, ha="left")
+    return figure
+
+
 def _panel(axis: Axes, rows: Rows, case: str) -> None:
     for i, kind in enumerate(dict.fromkeys(row["pass"] for row in rows)):
         own = sorted((r for r in rows if r["pass"] == kind), key=lambda r: r["sparsity"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,28 +26,33 @@ def train(state: TrainState, callbacks: Sequence[Callback] = ()) -> None:
         state.method.on_start(state)
     watch = Stopwatch()
     for batch in state.batches():
-        state.batch = batch
-        state.method.on_forward(state)
-        losses = state.forward(batch)
-        state.losses = mean_losses(losses)
-        stop_unless_finite(state, state.losses)
-        state.optimizer.zero_grad(set_to_none=True)
-        state.factors = state.weighting(state.losses)
-        scales = {t: state.factors[t] * state.loss_weight(t) for t in losses}
-        state.total = sum(state.losses[t] * scales[t] for t in losses)
-        backward(state, {t: losses[t] * scales[t] for t in losses})
-        state.method.on_backward(state)
-        clip_gradients(state)
-        state.optimizer.step()
-        state.schedule.step()
-        state.step += 1
-        state.method.on_step(state)
+        train_step(state, batch)
         state.seconds += watch.lap()
         for callback in callbacks:
             callback(state)
         watch.lap()  # callbacks are not training
         if state.stop_requested:
             return
+
+
+def train_step(state: TrainState, batch: Any) -> None:
+    """One step: losses, gradients, update, and what the method does around them."""
+    state.batch = batch
+    state.method.on_forward(state)
+    losses = state.forward(batch)
+    state.losses = mean_losses(losses)
+    stop_unless_finite(state, state.losses)
+    state.optimizer.zero_grad(set_to_none=True)
+    state.factors = state.weighting(state.losses)
+    scales = {t: state.factors[t] * state.loss_weight(t) for t in losses}
+    state.total = sum(state.losses[t] * scales[t] for t in losses)
+    backward(state, {t: losses[t] * scales[t] for t in losses})
+    state.method.on_backward(state)
+    clip_gradients(state)
+    state.optimizer.step()
+    state.schedule.step()
+    state.step += 1
+    state.method.on_step(state)
 
 
 def mean_losses(losses: Mapping[str, Tensor]) -> dict[str, float]:

@@ -16,7 +16,7 @@ CASE = ["--case", "mobilenetv2/1x1-1024-3@11", "--compile-seconds", "0", "--seco
 
 def test_conv_writes_rows_and_a_picture(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    out, picture = tmp_path / "new" / "conv.json", tmp_path / "conv.png"
+    out, picture = tmp_path / "conv.json", tmp_path / "conv.png"
     files = ["--json", str(out), "--plot", str(picture)]
     assert main(["bench", "conv", "--sparsity", "0.5", "0.9", *CASE, *files]) == 0
     found = json.loads(out.read_text())
@@ -75,7 +75,10 @@ def test_elementwise_benches_take_a_number_of_weights(verb, tmp_path):
         (["threshold", "--rounds", "0"], "Expected --rounds >= 1, got 0"),
         (["threshold", "--sparsity", "-0.1"], "Expected --sparsity in [0, 1)"),
         (["conv", "--json", "/"], "Expected --json to name a file, got the folder /"),
-        (["conv", "--json", "/dev/null/x.json"], "Expected --json to name a writable file"),
+        (
+            ["conv", "--json", "/dev/null/x.json"],
+            "Expected --json to name a file in a folder that",
+        ),
         (["conv", "--plot", "picture.xyz"], "Expected --plot to end in .png, .svg or .pdf"),
     ],
 )
