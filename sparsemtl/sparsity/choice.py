@@ -165,44 +165,57 @@ def measure(
     x_needs_grad, x = x.requires_grad, x.detach()
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     begin = time.perf_counter()
-    pattern = pack_pattern(weight, groups=g.groups, keep=keep, master=keep is not None)
+    pack = partial(pack_pattern, weight, groups=g.groups, keep=keep, master=keep is not None)
+    pattern = pack()
     with torch.no_grad():
         y = sparse_conv2d_values(x, weight, bias, g, pattern)
         grad = torch.ones_like(y, memory_format=torch.preserve_format)
-        calls: dict[str, Callable[[], object]] = {
-            "dense forward": partial(_dense_forward, x, weight, bias, g, keep),
-            "sparse forward": partial(sparse_conv2d_values, x, weight, bias, g, pattern),
-        }
-        for name, needs in (("input_grad", (True, False)), ("weight_grad", (False, True))):
-            if training and (name == "weight_grad" or x_needs_grad):
-                sparse = partial(sparse_conv2d_grads, grad, x, weight, g, pattern, needs)
+        wanted: dict[str, tuple[bool, bool] | None] = {"forward": None}
+        if training:
+            wanted |= {"input_grad": (True, False)} if x_needs_grad else {}
+            wanted |= {"weight_grad": (False, True)}
+        calls: dict[str, Callable[[], object]] = {}
+        for name, needs in wanted.items():
+            if needs is None:
+                calls[f"dense {name}"] = partial(_dense_forward, x, weight, bias, g, keep)
+            else:
                 calls[f"dense {name}"] = partial(_dense_grads, grad, x, weight, g, needs, keep)
-                calls[f"sparse {name}"] = sparse
+            calls[f"sparse {name}"] = partial(
+                _sparse_pass, grad, x, weight, bias, g, pattern, needs
+            )
         seconds = {name: t.best for name, t in interleave(calls, ROUNDS, 1, budget=BUDGET).items()}
-        following = _following_seconds(weight, pattern, training)
-    passes = {name.removeprefix("dense ") for name in seconds if name.startswith("dense ")}
-    gains = {p: MARGIN * seconds[f"dense {p}"] - seconds[f"sparse {p}"] for p in passes}
+        # Beside the passes: packing a mask that moves, gathering the values of a fixed one.
+        whole = float("inf")
+        for _ in range(2):
+            start = time.perf_counter()
+            if keep is None:
+                pattern = pack()
+            else:
+                pattern.update(weight.clone())  # another tensor, so its values are read again
+            for needs in wanted.values():
+                _sparse_pass(grad, x, weight, bias, g, pattern, needs)
+            whole = min(whole, time.perf_counter() - start)
+    following = max(0.0, whole - sum(seconds[f"sparse {p}"] for p in wanted))
+    gains = {p: MARGIN * seconds[f"dense {p}"] - seconds[f"sparse {p}"] for p in wanted}
     won = {p for p, gain in gains.items() if gain > 0.0}
     pays = sum(gains[p] for p in won) > following
     log.info("measured %s in %.2f s: %s", list(weight.shape), time.perf_counter() - begin, seconds)
     return PassChoice(**dict.fromkeys(won, True)) if pays else DENSE
 
 
-def _following_seconds(weight: Tensor, pattern: Pattern, training: bool) -> float:
-    """What the lists of a pattern cost each step: packed anew, or of a fixed mask just filled."""
-    best = float("inf")
-    for turn in range(3):
-        begin = time.perf_counter()
-        if pattern.keep is None:
-            pattern = pack_pattern(weight, groups=pattern.groups)
-        else:
-            pattern.update(weight.clone())  # another tensor: its values are read again
-        pattern.forward_list()
-        if training:
-            pattern.transposed_list()
-        if turn > 0:  # the first time, a fixed mask's transposed list is made
-            best = min(best, time.perf_counter() - begin)
-    return best
+def _sparse_pass(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    g: Geometry,
+    pattern: Pattern,
+    needs: tuple[bool, bool] | None,
+) -> object:
+    """The forward pass without `needs`, else those gradients."""
+    if needs is None:
+        return sparse_conv2d_values(x, weight, bias, g, pattern)
+    return sparse_conv2d_grads(grad, x, weight, g, pattern, needs)
 
 
 def dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
