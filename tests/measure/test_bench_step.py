@@ -123,7 +123,7 @@ def test_rows_compare_dense_and_sparse_steps(setup, kind):
     (row,) = measure_step(setup, splits, [kind], rounds=2, warmup=1, with_masked=True)
     assert row["mask"] == kind
     assert row["sparsity"] == pytest.approx(0.9, abs=0.01)
-    assert row["dense_path"] in ("dense channels_last", "dense nchw")
+    assert row["dense_path"] in bench_step.DENSE
     assert row["dense_ms"] == row["medians_ms"][row["dense_path"]]
     assert set(row["medians_ms"]) == {*bench_step.DENSE, "masked", "sparse"}
     assert row["speedup"] == pytest.approx(row["dense_ms"] / row["sparse_ms"], rel=1e-3)
