@@ -35,6 +35,8 @@ SELECT = ("measured", "sparse", "dense")
 DENSE = "dense"
 ROUNDS, BUDGET = 5, 0.5  # timed rounds of a layer, and seconds after which no further one begins
 WIDTHS = (1, 2, 3, 4, 6, 8, 12)  # registers of pixels in a tile, see cpu/sparse_conv2d.inc.h
+_MOSTLY_LIVE = 0.6  # share of live weights from which on rows gain by sharing their loads
+_LITTLE_FILL = 1.1
 MARGIN = 0.95  # another candidate than the default must be this much faster
 
 
@@ -176,7 +178,23 @@ def _sparse(node: Node, graph: Graph) -> LayerChoice:
 
 
 def _default(node: Node, graph: Graph) -> Form:
-    return default_form(node, graph, _packed(node, "element"))
+    structures = _structures(node, density(node.weights["weight"]))
+    return default_form(node, graph, _packed(node, _unmeasured(structures)))
+
+
+def _structures(node: Node, share: float) -> dict[str, float]:
+    """Structures worth packing, and the weights that each stores for a live one."""
+    groups = int(node.attrs.get("groups", 1))  # type: ignore[arg-type]
+    found = structures_of(node.weights["weight"], groups)
+    if share > _MOSTLY_LIVE and len(found) > 1:
+        del found["element"]
+    return found
+
+
+def _unmeasured(structures: Mapping[str, float]) -> str:
+    """The widest structure that stores few zeros; wider ones load less."""
+    fitting = [name for name, fill in structures.items() if fill < _LITTLE_FILL]
+    return fitting[-1] if fitting else next(iter(structures))
 
 
 def _packed(node: Node, structure: str) -> PackedWeight:
@@ -209,7 +227,7 @@ def _measure(node: Node, graph: Graph) -> LayerChoice:
     """Time a layer's candidates, or recall what was measured before."""
     weight = node.weights["weight"]
     share = density(weight)
-    structures = structures_of(weight, int(node.attrs.get("groups", 1)))  # type: ignore[arg-type]
+    structures = _structures(node, share)
     key = _key(node, graph, share, structures)
     times = known_times(key)
     if times is None:

@@ -69,6 +69,15 @@ def test_merged_convolutions_give_the_same():
         assert_near(got, expected)
 
 
+def test_what_is_merged_is_read_at_once():
+    maker = network(4)
+    nodes = prepared(maker.graph(*maker.outputs)).nodes
+    at = {name: i for i, node in enumerate(nodes) for name in node.outputs}
+    assert all(at[name] < i for i, n in enumerate(nodes) for name in n.inputs if name in at)
+    merged = [i for i, node in enumerate(nodes) if len(node.outputs) == 2]
+    assert merged[1] - merged[0] == 3  # one for each head stands between
+
+
 def test_a_merged_output_of_the_graph_and_one_that_wants_zeros_around():
     maker = Maker(5)
     x = maker.input(2, 6, 9, 11)

@@ -193,3 +193,25 @@ def test_rows_are_shared_out_where_pixels_are_few():
     assert arrays[0][:, 4].tolist() == [0, 0, 0, 0]
     assert arrays[0][:, 2].tolist() == [0, 16, 32, 48]
     assert sizes[2] == weight.numel()
+
+
+def test_without_measuring_the_zeros_decide_the_structure():
+    maker = Maker(3)
+    x = maker.input(1, 8, 9, 9)
+    live = torch.rand(4, 8, 3, 3, generator=maker.random) > 0.8
+    layers = {}
+    for structure, keep in (
+        ("vector(16)", torch.ones(32, 8, 3, 3)),
+        ("vector(8)", live.repeat_interleave(8, 0)),
+        ("element", torch.rand(32, 8, 3, 3, generator=maker.random) > 0.8),
+    ):
+        y = maker.conv(x, 32, 3, padding=(1, 1), sparsity=0.0)
+        maker.nodes[-1].weights["weight"] *= keep
+        layers[maker.nodes[-1].name] = structure
+        x = y
+    graph = maker.graph(x)
+    selection = select.select(graph, "sparse")
+    assert {n: c.choice.split("/")[0] for n, c in selection.layers.items()} == layers
+    example = maker.example()
+    got = executor_of(graph, selection)(*example)["t0"]
+    assert_near(got, TorchExecutor(graph)(*example)["t0"])

@@ -20,8 +20,9 @@ _MOST_CHANNELS = 3072
 def merge_parallel(graph: Graph, wanted: Callable[[Node], bool]) -> Graph:
     """A graph in which the conv2d nodes that are wanted are merged where they can be.
 
-    A merged node stands where its first member stood, under that one's name; its outputs are those
-    of its members, in order. Such a graph is for the native executor only.
+    A merged node goes by its first member's name; its outputs are those of its members, in order.
+    Nodes follow what they read as closely as they can, so that large values die early. Such a graph
+    is for the native executor only.
     """
     groups: dict[tuple[object, ...], list[Node]] = {}
     for node in graph.nodes:
@@ -37,8 +38,28 @@ def merge_parallel(graph: Graph, wanted: Callable[[Node], bool]) -> Graph:
                 into[part[0].name] = _merged(part)
     merged = graph.copy()
     nodes = ((node, into.get(node.name, node)) for node in graph.nodes)
-    merged.nodes = [kept for _, kept in nodes if kept is not None]
+    merged.nodes = _depth_first([kept for _, kept in nodes if kept is not None])
     return merged
+
+
+def _depth_first(nodes: list[Node]) -> list[Node]:
+    """An order in which a node runs as soon as the last of its inputs is there."""
+    written = {name for node in nodes for name in node.outputs}
+    missing = {node.name: {name for name in node.inputs if name in written} for node in nodes}
+    readers: dict[str, list[Node]] = {}
+    for node in nodes:
+        for name in missing[node.name]:
+            readers.setdefault(name, []).append(node)
+    ready = [node for node in reversed(nodes) if not missing[node.name]]
+    ordered: list[Node] = []
+    while ready:
+        node = ready.pop()
+        ordered.append(node)
+        following = {r.name: r for name in node.outputs for r in readers.get(name, ())}
+        for reader in following.values():
+            missing[reader.name].difference_update(node.outputs)
+        ready += [r for r in reversed(following.values()) if not missing[r.name]]
+    return ordered
 
 
 def _parts(members: list[Node]) -> list[list[Node]]:
