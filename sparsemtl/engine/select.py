@@ -38,6 +38,7 @@ ROUNDS, BUDGET = 5, 0.5  # timed rounds of a layer, and seconds after which no f
 WIDTHS = (1, 2, 3, 4, 6, 8, 12)  # registers of pixels in a tile, see cpu/sparse_conv2d.inc.h
 _MOSTLY_LIVE = 0.6  # share of live weights from which on rows gain by sharing their loads
 _LITTLE_FILL = 1.1
+_HOPELESS = 1.4
 MARGIN = 0.95  # another candidate than the default must be this much faster
 
 
@@ -275,6 +276,9 @@ def _time(node: Node, graph: Graph, structures: list[str]) -> dict[str, float]:
             seconds = call()
             if turn > 0:  # the first is for caches and pages
                 best[name] = min(best[name], seconds)
+        if turn == 2:  # the hopeless take no more time
+            limit = _HOPELESS * min(best.values())
+            calls = {name: call for name, call in calls.items() if best[name] <= limit}
     return best
 
 
