@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsemtl.ops.pattern import STRUCTURES, Pattern, live_mask, pack_pattern
+from sparsemtl.ops.pattern import STRUCTURES, Pattern, pack_pattern
 
 # A vector list computes its zeros too; beyond this many times the live weights it cannot win.
 _MOST_FILL = 3.0
@@ -86,15 +86,28 @@ def density(weight: Tensor) -> float:
 
 def structures_of(weight: Tensor, groups: int = 1) -> dict[str, float]:
     """Structures in which a weight may be worth packing, and the weights stored for a live one."""
-    live = int(torch.count_nonzero(weight))
-    found = {"element": 1.0}
-    if live == 0 or weight.shape[0] < groups:
-        return found
     four = weight if weight.dim() == 4 else weight[:, :, None, None]
+    rows = four.shape[0] // groups
+    found = {"element": 1.0}
+    merged, width = (four != 0).reshape(groups, rows, -1), 1  # [G, vectors, C · kh · kw]
+    live = int(merged.sum())
     for name, vector in STRUCTURES.items():
-        if vector == 1 or four.shape[0] // groups < vector:
-            continue
-        fill = int(live_mask(four, groups, vector).sum()) / live
-        if fill <= _MOST_FILL:
-            found[name] = fill
+        if live == 0 or vector > rows:
+            break
+        while width < vector:
+            merged, width = _pairs(merged), 2 * width
+        counts = merged.sum(2)  # [G, vectors]; the last may have fewer rows
+        clipped = merged.shape[1] * vector - rows
+        fill = (int(counts.sum()) * vector - int(counts[:, -1].sum()) * clipped) / live
+        if fill > _MOST_FILL:
+            break  # wider ones store more
+        found[name] = fill
     return found
+
+
+def _pairs(live: Tensor) -> Tensor:
+    """Where a row or the next is alive.   live: [G, rows, columns]"""
+    even, odd = live[:, ::2], live[:, 1::2]
+    if even.shape[1] == odd.shape[1]:
+        return even | odd
+    return torch.cat([even[:, :-1] | odd, even[:, -1:]], 1)

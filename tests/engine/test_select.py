@@ -17,6 +17,8 @@ from sparsemtl.engine.select import LayerChoice, Selection, executor_of, parse_f
 from sparsemtl.ops.availability import why_not_native
 from tests.engine.native_graphs import Maker, assert_near
 
+WIDER = ("vector(4)", "vector(8)", "vector(16)")
+
 pytestmark = pytest.mark.skipif(why_not_native() is not None, reason="needs the native module")
 
 
@@ -179,6 +181,14 @@ def test_structures_are_found_from_zeros():
     found = structures_of(weight)
     assert found["vector(8)"] == pytest.approx((8 * 3 * 9 + 8) / (8 * 3 * 9 + 1))
     assert set(structures_of(torch.eye(32))) == {"element"}
+    assert set(structures_of(torch.zeros(32, 4))) == {"element"}
+    odd = torch.ones(2 * 21, 3, 1, 1)  # groups of 21 channels: the last vector has fewer
+    assert structures_of(odd, 2) == dict.fromkeys(("element", *WIDER), 1.0)
+    odd[20] = 0.0
+    odd[5] = 0.0
+    found = structures_of(odd, 2)
+    assert found["vector(4)"] == pytest.approx(41 / 40)  # channel 20 stands alone
+    assert found["vector(16)"] == pytest.approx(42 / 40)
     assert density(torch.zeros(0, 3)) == 0.0
     assert density(weight) == pytest.approx(217 / 1152)
 
