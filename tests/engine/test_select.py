@@ -208,15 +208,13 @@ def test_rows_are_shared_out_where_pixels_are_few():
 def test_without_measuring_the_zeros_decide_the_structure():
     maker = Maker(3)
     x = maker.input(1, 8, 9, 9)
-    live = torch.rand(4, 8, 3, 3, generator=maker.random) > 0.8
     layers = {}
-    for structure, keep in (
-        ("vector(16)", torch.ones(32, 8, 3, 3)),
-        ("vector(8)", live.repeat_interleave(8, 0)),
-        ("element", torch.rand(32, 8, 3, 3, generator=maker.random) > 0.8),
-    ):
+    for structure, rows in (("vector(16)", 0), ("vector(8)", 4), ("element", 32)):
         y = maker.conv(x, 32, 3, padding=(1, 1), sparsity=0.0)
-        maker.nodes[-1].weights["weight"] *= keep
+        weight = maker.nodes[-1].weights["weight"]
+        if rows > 0:
+            live = torch.rand(rows, *weight.shape[1:], generator=maker.random) > 0.8
+            weight *= live.repeat_interleave(32 // rows, 0)
         layers[maker.nodes[-1].name] = structure
         x = y
     graph = maker.graph(x)
