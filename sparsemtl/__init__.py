@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Engine": "sparsemtl.engine.engine",
+    "compile": "sparsemtl.engine.engine",
     "finalize": "sparsemtl.sparsity.finalize",
     "find_components": "sparsemtl.models.component",
     "freeze_exactly": "sparsemtl.sparsity.controller",
@@ -20,7 +22,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "Engine",
     "__version__",
+    "compile",
     "finalize",
     "find_components",
     "freeze_exactly",
@@ -31,6 +35,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from sparsemtl.engine.engine import Engine, compile
     from sparsemtl.models.component import find_components
     from sparsemtl.ops.dispatch import use_backend
     from sparsemtl.ops.soft_threshold import soft_threshold

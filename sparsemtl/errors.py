@@ -14,6 +14,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or does not fit; the message names the file."""
 
 
+class EngineFileError(ValueError):
+    """A saved engine cannot be read; the message names the folder and what is wrong."""
+
+
 class GraphError(ValueError):
     """An engine's graph contradicts itself; the message names the node or the value."""
 

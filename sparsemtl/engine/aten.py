@@ -27,6 +27,17 @@ _TORCH_NAMES = {
     "memory_format": ("contiguous_format", "preserve_format", "channels_last"),
     "layout": ("strided",),
 }
+# Operators for torch's own use may trust their arguments; these do not.
+_UNDERSCORED = (
+    *("_adaptive_avg_pool2d", "_log_softmax", "_scaled_dot_product_flash_attention_for_cpu"),
+    *("_softmax", "_to_copy", "_unsafe_view"),
+)
+# Views over memory by address or file, and memory without values.
+_NOT_FROM_A_FILE = (
+    *("as_strided", "as_strided_copy", "as_strided_scatter", "empty", "empty_like"),
+    *("empty_permuted", "empty_strided", "from_file", "new_empty", "new_empty_strided"),
+    *("resize", "resize_as", "set"),
+)
 _FLOATS = ("inf", "-inf", "nan")
 
 
@@ -49,6 +60,20 @@ def overload(target: str) -> Any:
     if not isinstance(found, torch._ops.OpOverload):
         raise GraphError(f"torch: Expected target to name an operator, got {target!r}")
     return found
+
+
+def may_be_saved(target: str) -> bool:
+    """Whether a file may name this operator: torch's own, writing nothing but its result."""
+    namespace, _, rest = target.partition("::")
+    name = rest.partition(".")[0]
+    if namespace != "aten" or name in _NOT_FROM_A_FILE:
+        return False
+    if name.startswith("_") and name not in _UNDERSCORED:
+        return False
+    try:
+        return not overload(target)._schema.is_mutable
+    except GraphError:
+        return False
 
 
 def check(node: Node) -> None:

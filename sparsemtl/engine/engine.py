@@ -1,0 +1,218 @@
+"""`compile` a finished model into an `Engine`: the same outputs, faster and smaller.
+
+engine = sparsemtl.compile(model, torch.zeros(1, 3, 321, 321))
+engine(image)["depth"]         # [B, 1, h, w]
+engine.save("engine")          # a folder; Engine.load("engine") reads it
+print(engine.explain())        # what runs how, and why
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sparsemtl.engine.capture import capture
+from sparsemtl.engine.executors import EXECUTORS, Executor, make_executor
+from sparsemtl.engine.explain import Explanation, explain_plan
+from sparsemtl.engine.file import load_graph, physical_memory, save_graph
+from sparsemtl.engine.graph import Graph
+from sparsemtl.engine.liveness import peak_bytes
+from sparsemtl.engine.passes import adapt, optimise
+from sparsemtl.engine.shapes import specialise
+from sparsemtl.errors import unknown_choice
+
+Shapes = tuple[tuple[int, ...], ...]
+
+MOST_PLANS = 8
+
+
+def compile(
+    model: nn.Module,
+    example: Tensor | Sequence[Tensor] | tuple[int, ...],
+    *,
+    executor: str = "auto",
+    most_plans: int = MOST_PLANS,
+) -> Engine:
+    """Capture a model in evaluation mode and prepare it for the example's input size.
+
+    model:      any module that returns a dict of task → tensor (or one tensor, or several); one
+                that `sparsify` changed needs no `finalize` first
+    example:    an input, several, or the shape of one; values do not matter, shape, dtype and
+                device do. Other input sizes are served too where the model's code allows it
+    executor:   "auto" (native on the CPU), or by name "native" or "torch"
+    most_plans: input sizes whose plans are kept; the least recently used goes first
+    raises:     CaptureError (a ValueError) for control flow that depends on values, naming the
+                line; BackendUnavailable for an executor asked for by name that cannot run here
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compile: Expected model to be a module, got {type(model).__name__}")
+    graph, found = optimise(capture(model, _inputs(model, example)))
+    _own_weights(graph, model)
+    engine = Engine(graph, executor=executor, most_plans=most_plans, rewrites=found)
+    engine.plan(*(graph.shape(name) for name in graph.inputs))
+    return engine
+
+
+class Plan:
+    """A graph for one input size, with who runs it."""
+
+    def __init__(self, graph: Graph, executor: str) -> None:
+        self.graph, self.rewrites = adapt(graph)
+        peak = peak_bytes(self.graph)
+        if peak > physical_memory():
+            shapes = [list(graph.shape(name)) for name in graph.inputs]
+            raise ValueError(
+                f"engine: Expected an input whose values fit this machine's memory, got {shapes}, "
+                f"which needs {peak} bytes"
+            )
+        self.executor: Executor = make_executor(executor, self.graph)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory for intermediate values in one call, reuse counted; weights are not in it."""
+        return self.executor.peak_bytes
+
+
+class Engine:
+    """A compiled model: `engine(x)` → dict of task → tensor. Any number of threads may call it."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        *,
+        executor: str = "auto",
+        most_plans: int = MOST_PLANS,
+        rewrites: dict[str, int] | None = None,
+    ) -> None:
+        if executor not in EXECUTORS:
+            raise ValueError(f"engine: {unknown_choice('executor', executor, EXECUTORS)}")
+        if most_plans < 1:
+            raise ValueError(f"engine: Expected most_plans ≥ 1, got {most_plans}")
+        self.graph = graph
+        self.rewrites = dict(rewrites or {})
+        self._executor = executor
+        self._most_plans = most_plans
+        self._plans: OrderedDict[Shapes, Plan] = OrderedDict()
+        self._lock = threading.Lock()
+        self._device = next(
+            (w.device for node in graph.nodes for w in node.weights.values()), torch.device("cpu")
+        )
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.graph.outputs)
+
+    @property
+    def input_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes that it was compiled with."""
+        return [self.graph.shape(name) for name in self.graph.inputs]
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Predict every task.
+
+        inputs:  as the example, in another size where the model allows it; contiguous is fastest
+        returns: task → tensor, as the model returns it in evaluation mode; without gradients
+        raises:  TypeError or ValueError naming expected and got, before anything runs
+        """
+        self._check(inputs)
+        return self.plan(*(tuple(x.shape) for x in inputs)).executor(*inputs)
+
+    def plan(self, *shapes: tuple[int, ...]) -> Plan:
+        """The plan for inputs of these shapes, made at the first call for them.
+
+        raises: ValueError naming the size that this model cannot take
+        """
+        with self._lock:
+            if shapes in self._plans:
+                self._plans.move_to_end(shapes)
+                return self._plans[shapes]
+            plan = Plan(specialise(self.graph, shapes), self._executor)
+            self._plans[shapes] = plan
+            while len(self._plans) > self._most_plans:
+                self._plans.popitem(last=False)
+            return plan
+
+    def explain(self, *shapes: tuple[int, ...]) -> Explanation:
+        """What runs how, layer by layer; `str` of it is a table.   shapes: default the example's"""
+        return explain_plan(self.plan(*(shapes or self.input_shapes)), self.rewrites)
+
+    def save(
+        self, folder: str | os.PathLike[str], *, dtype: str = "float32", overwrite: bool = False
+    ) -> None:
+        """Write `plan.json` and `weights.safetensors` into a new folder, all of it or nothing.
+
+        dtype:  "bfloat16" halves the values, rounded to 8 bits of precision
+        raises: ValueError for a folder that holds something, or an operator of another library
+        """
+        save_graph(self.graph, Path(folder), dtype=dtype, overwrite=overwrite)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        executor: str = "auto",
+        most_plans: int = MOST_PLANS,
+    ) -> Engine:
+        """Read what `save` wrote; everything is checked before anything runs.
+
+        raises: EngineFileError (a ValueError) naming what is wrong, an unknown version among it
+        """
+        return cls(load_graph(Path(folder)), executor=executor, most_plans=most_plans)
+
+    def _check(self, inputs: tuple[Tensor, ...]) -> None:
+        names = self.graph.inputs
+        if len(inputs) != len(names):
+            raise TypeError(f"engine: Expected {len(names)} inputs {names}, got {len(inputs)}")
+        for name, x in zip(names, inputs, strict=True):
+            value = self.graph.values[name]
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"engine: Expected input {name!r} to be a tensor, got {type(x).__name__}"
+                )
+            if x.dtype is not value.dtype:
+                raise TypeError(
+                    f"engine: Expected input {name!r} of dtype {value.dtype}, got {x.dtype}"
+                )
+            if x.device != self._device:
+                raise ValueError(
+                    f"engine: Expected input {name!r} on {self._device}, got {x.device}"
+                )
+            if x.dim() == len(value.shape) == 4 and x.shape[1] != value.shape[1]:
+                raise ValueError(
+                    f"engine: Expected input {name!r} with {value.shape[1]} channels "
+                    f"[B, {value.shape[1]}, H, W], got {list(x.shape)}"
+                )
+
+    def __repr__(self) -> str:
+        return f"Engine(tasks={self.tasks}, inputs={self.input_shapes})"
+
+
+def _own_weights(graph: Graph, model: nn.Module) -> None:
+    """Copy what is still the model's, so that training on does not change the engine."""
+    tensors = [*model.parameters(), *model.buffers()]
+    theirs = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
+    for node in graph.nodes:
+        for name, weight in node.weights.items():
+            if weight.untyped_storage().data_ptr() in theirs:
+                node.weights[name] = weight.clone()
+
+
+def _inputs(model: nn.Module, example: Tensor | Sequence[Tensor] | tuple[int, ...]) -> list[Tensor]:
+    if isinstance(example, Tensor):
+        return [example]
+    items = list(example) if isinstance(example, list | tuple) else []
+    if items and all(isinstance(x, Tensor) for x in items):
+        return items  # type: ignore[return-value]
+    if not items or not all(isinstance(n, int) and n > 0 for n in items):
+        raise TypeError(
+            f"compile: Expected example to be a tensor, tensors or a shape, got {example!r}"
+        )
+    like = next(model.parameters(), torch.zeros(0))
+    return [torch.zeros(items, dtype=like.dtype, device=like.device)]  # type: ignore[arg-type]
