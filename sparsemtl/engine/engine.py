@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsemtl.engine.capture import capture
-from sparsemtl.engine.executors import EXECUTORS, Executor, make_executor
+from sparsemtl.engine.executor import EXECUTORS, Executor, make_executor
 from sparsemtl.engine.explain import Explanation, explain_plan
 from sparsemtl.engine.file import load_graph, physical_memory, save_graph
 from sparsemtl.engine.graph import Graph
@@ -45,7 +45,9 @@ def compile(
                 that `sparsify` changed needs no `finalize` first
     example:    an input, several, or the shape of one; values do not matter, shape, dtype and
                 device do. Other input sizes are served too where the model's code allows it
-    executor:   "auto" (native on the CPU), or by name "native" or "torch"
+    executor:   "auto": each layer natively or in torch, whichever was measured faster here;
+                "native": the same, never falling back; "sparse": native, nothing measured;
+                "torch": plain torch
     most_plans: input sizes whose plans are kept; the least recently used goes first
     raises:     CaptureError (a ValueError) for control flow that depends on values, naming the
                 line; BackendUnavailable for an executor asked for by name that cannot run here

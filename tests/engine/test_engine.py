@@ -12,6 +12,7 @@ from torch import nn
 import sparsemtl
 from sparsemtl.engine.engine import Engine
 from sparsemtl.models.config import ModelConfig, build_model
+from sparsemtl.ops.dispatch import BackendUnavailable
 from sparsemtl.sparsity.sparsify import sparsify
 from tests.engine.networks import Standardised, TimmStyle, TwoHeads
 from tests.engine.support import assert_close_tasks, expected_of, randomise
@@ -52,7 +53,7 @@ def test_random_configurations_equal_torch(place):
     torch.manual_seed(place)
     model = randomise(build_model(config, tasks), 0.0, seed=place)
     prune(model, structure, sparsity, place)
-    engine = sparsemtl.compile(model, shape)
+    engine = sparsemtl.compile(model, shape, executor="sparse")
     for size in (shape, (shape[0] + 1, 3, shape[3], shape[2])):
         x = torch.randn(size)
         expected = expected_of(model, x)
@@ -82,7 +83,7 @@ def test_explain_names_every_operator_that_torch_runs():
 
 def test_densities_are_those_of_the_layers():
     model = randomise(build_model(ModelConfig(width=0.1), {"depth": 1}), 0.8)
-    rows = sparsemtl.compile(model, (1, 3, 33, 33)).explain().rows
+    rows = sparsemtl.compile(model, (1, 3, 33, 33), executor="sparse").explain().rows
     densities = [row.density for row in rows if row.density is not None]
     assert len(densities) > 30
     assert abs(sum(densities) / len(densities) - 0.2) < 0.05
@@ -127,6 +128,28 @@ def test_bad_arguments_of_compile_are_named():
         sparsemtl.compile(TwoHeads(), (1, 3, 8, 8), most_plans=0)
 
 
+def test_a_measured_engine_says_what_it_measured():
+    model = randomise(TwoHeads(), 0.9)
+    engine = sparsemtl.compile(model, (1, 3, 24, 24), executor="native")
+    first = engine.explain().rows[0]
+    assert {"dense"} < set(first.candidates)
+    assert all(seconds > 0 for seconds in first.candidates.values())
+    x = torch.randn(1, 3, 24, 24)
+    assert_close_tasks(engine(x), expected_of(model, x))
+
+
+def test_what_an_engine_returns_may_be_changed():
+    engine = sparsemtl.compile(TwoHeads(), (1, 3, 16, 16), executor="sparse")
+    found = engine(torch.randn(1, 3, 16, 16))
+    found["depth"].mul_(2)
+    assert not found["depth"].is_inference()
+
+
+def test_native_by_name_never_falls_back():
+    with pytest.raises(BackendUnavailable, match="not float32"):
+        sparsemtl.compile(TwoHeads().double(), torch.zeros(1, 3, 8, 8).double(), executor="native")
+
+
 def test_a_plan_for_each_size_and_no_more_than_asked_for():
     engine = sparsemtl.compile(TwoHeads(), (1, 3, 16, 16), most_plans=2)
     first = engine.plan((1, 3, 16, 16))
@@ -163,7 +186,8 @@ def test_a_sparsified_model_compiles_as_it_is():
     model = randomise(build_model(ModelConfig("mobilenetv2", width=0.1), {"depth": 1}), 0.0)
     sparsify(model, theta_init=-2.0)
     x = torch.randn(1, 3, 40, 33)
-    assert_close_tasks(sparsemtl.compile(model, x)(x), expected_of(model, x))
+    engine = sparsemtl.compile(model, x, executor="sparse")
+    assert_close_tasks(engine(x), expected_of(model, x))
 
 
 def test_double_precision_and_other_layouts_of_the_input():
@@ -172,7 +196,7 @@ def test_double_precision_and_other_layouts_of_the_input():
     assert_close_tasks(sparsemtl.compile(model, x)(x), expected_of(model, x), 1e-12)
     model = randomise(build_model(ModelConfig(width=0.1), {"depth": 1}), 0.3)
     x = torch.randn(2, 3, 33, 40).to(memory_format=torch.channels_last)
-    engine = sparsemtl.compile(model, (2, 3, 33, 40))
+    engine = sparsemtl.compile(model, (2, 3, 33, 40), executor="sparse")
     assert_close_tasks(engine(x), expected_of(model, x))
     view = torch.randn(2, 5, 40, 33)[:, 1:4].transpose(2, 3)
     assert_close_tasks(engine(view), expected_of(model, view))

@@ -67,9 +67,9 @@ def test_a_file_cannot_make_much_memory_of_little():
 def test_what_is_loaded_computes_the_same_bits(tmp_path, sparsity):
     model = build_model(ModelConfig("mobilenetv2", width=0.1), {"seg": 3, "depth": 1})
     randomise(model, sparsity, dead=0.1)
-    engine = compile(model, (1, 3, 33, 47))
+    engine = compile(model, (1, 3, 33, 47), executor="torch")
     engine.save(tmp_path / "engine")
-    loaded = Engine.load(tmp_path / "engine")
+    loaded = Engine.load(tmp_path / "engine", executor="torch")
     for shape in ((1, 3, 33, 47), (2, 3, 40, 64)):
         x = torch.randn(shape)
         assert_close_tasks(loaded(x), engine(x), 0.0)
@@ -78,13 +78,13 @@ def test_what_is_loaded_computes_the_same_bits(tmp_path, sparsity):
 
 def test_bfloat16_halves_the_values(tmp_path):
     model = randomise(build_model(ModelConfig(width=0.2), {"seg": 3}), 0.9)
-    engine = compile(model, (1, 3, 33, 33))
+    engine = compile(model, (1, 3, 33, 33), executor="torch")
     x = torch.randn(1, 3, 33, 33)
     sizes = {}
     for dtype in ("float32", "bfloat16"):
         engine.save(tmp_path / dtype, dtype=dtype)
         sizes[dtype] = (tmp_path / dtype / WEIGHTS).stat().st_size
-        loaded = Engine.load(tmp_path / dtype)
+        loaded = Engine.load(tmp_path / dtype, executor="torch")
         assert_close_tasks(loaded(x), expected_of(model, x), 1e-4 if dtype == "float32" else 0.05)
     nonzeros = sum(int(p.count_nonzero()) for p in model.parameters() if p.dim() == 4)
     assert sizes["float32"] < 5.6 * nonzeros
@@ -95,8 +95,8 @@ def test_bfloat16_halves_the_values(tmp_path):
 
 def test_guards_survive_the_file(tmp_path):
     model = Standardised()
-    compile(model, (2, 3, 6, 6)).save(tmp_path / "engine")
-    loaded = Engine.load(tmp_path / "engine")
+    compile(model, (2, 3, 6, 6), executor="torch").save(tmp_path / "engine")
+    loaded = Engine.load(tmp_path / "engine", executor="torch")
     assert_close_tasks(loaded(x := torch.randn(3, 3, 8, 5)), expected_of(model, x))
     with pytest.raises(ValueError, match="d0_0 != 1"):
         loaded(torch.randn(1, 3, 6, 6))
@@ -104,7 +104,7 @@ def test_guards_survive_the_file(tmp_path):
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch, folder):
     before = (folder / PLAN).read_bytes()
-    engine = compile(TwoHeads(), (1, 3, 8, 8))
+    engine = compile(TwoHeads(), (1, 3, 8, 8), executor="torch")
     with pytest.raises(ValueError, match="new or empty folder"):
         engine.save(folder)
     monkeypatch.setattr("sparsemtl.engine.file._flush", _fail)
@@ -114,7 +114,7 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch, folder):
     assert [path.name for path in tmp_path.iterdir()] == ["engine"]
     monkeypatch.undo()
     engine.save(folder, overwrite=True)
-    assert Engine.load(folder).input_shapes == [(1, 3, 8, 8)]
+    assert Engine.load(folder, executor="torch").input_shapes == [(1, 3, 8, 8)]
     other = tmp_path / "other"
     other.mkdir()
     (other / "letter.txt").write_text("mine")
@@ -188,27 +188,27 @@ def _deep(levels: int) -> list:
 def test_a_changed_field_is_named(folder, change, words):
     _edit(folder, change)
     with pytest.raises(EngineFileError, match=words):
-        Engine.load(folder)
+        Engine.load(folder, executor="torch")
 
 
 def test_other_damage_is_refused(folder, tmp_path):
     with pytest.raises(EngineFileError, match="Expected a folder with"):
-        Engine.load(tmp_path / "nowhere")
+        Engine.load(tmp_path / "nowhere", executor="torch")
     data = bytearray((folder / WEIGHTS).read_bytes())
     data[-3] ^= 1
     (folder / WEIGHTS).write_bytes(data)
     with pytest.raises(EngineFileError, match="checksum of weights"):
-        Engine.load(folder)
+        Engine.load(folder, executor="torch")
     (folder / WEIGHTS).write_bytes(data[:-1])
     with pytest.raises(EngineFileError, match="bytes, got"):
-        Engine.load(folder)
+        Engine.load(folder, executor="torch")
     text = (folder / PLAN).read_text()
     (folder / PLAN).write_text(text.replace("relu", "silu"))
     with pytest.raises(EngineFileError, match="checksum of plan"):
-        Engine.load(folder)
+        Engine.load(folder, executor="torch")
     (folder / PLAN).write_text("[" * 100_000)
     with pytest.raises(EngineFileError):
-        Engine.load(folder)
+        Engine.load(folder, executor="torch")
 
 
 def test_mutated_folders_are_refused_or_run():

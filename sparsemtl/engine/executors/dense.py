@@ -96,7 +96,7 @@ class DenseExecutor:
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
         """The graph's outputs, contiguous.   inputs: as the graph declares them"""
         values = dict(zip(self.graph.inputs, inputs, strict=True))
-        with torch.inference_mode():
+        with torch.no_grad():
             self.run(values)
         return {task: values[name].contiguous() for task, name in self.graph.outputs.items()}
 

@@ -122,7 +122,7 @@ class NativeExecutor:
 
     def _run(self, inputs: tuple[Tensor, ...], times: list[StepTime] | None) -> dict[str, Tensor]:
         values = dict(zip(self.graph.inputs, inputs, strict=True))
-        with torch.inference_mode():
+        with torch.no_grad():
             for i, (_, segment) in enumerate(self.segments):
                 torch_part = self._torch[i]
                 if torch_part is None:

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sparsemtl.engine.executors.base import Choice
 from sparsemtl.engine.graph import Graph, Node
-from sparsemtl.engine.liveness import peak_bytes
 from sparsemtl.engine.ops import compute
 
 
@@ -28,15 +26,6 @@ class TorchExecutor:
         with torch.no_grad():
             run_nodes(self.graph.nodes, values, self._drop_after)
         return {task: values[name] for task, name in self.graph.outputs.items()}
-
-    @property
-    def peak_bytes(self) -> int:
-        """Memory for values in one call, without what torch's own operators take inside."""
-        return peak_bytes(self.graph)
-
-    def choice(self, node: Node) -> Choice:
-        """Everything runs through torch."""
-        return Choice("torch", "the torch executor runs everything")
 
 
 def run_nodes(

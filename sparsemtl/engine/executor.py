@@ -1,0 +1,133 @@
+"""Which executor runs a plan, and how it runs each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sparsemtl.engine.executors.support import why_not
+from sparsemtl.engine.executors.torch import TorchExecutor
+from sparsemtl.engine.graph import Graph, Node
+from sparsemtl.engine.liveness import peak_bytes
+from sparsemtl.engine.select import DENSE, Selection, executor_of, select
+from sparsemtl.ops.availability import why_not_native
+from sparsemtl.ops.dispatch import BackendUnavailable
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a node runs.
+
+    runs_as:    "torch", "native", or a form of the native executor
+    because:    why, in words
+    candidates: seconds of each form that was timed
+    """
+
+    runs_as: str
+    because: str
+    candidates: dict[str, float] = field(default_factory=dict)
+
+
+class Executor(Protocol):
+    """Runs one graph; any number of threads may call it at once.
+
+    peak_bytes: memory for values in one call
+    """
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """The graph's outputs.   inputs: as the graph declares them"""
+        ...
+
+    @property
+    def peak_bytes(self) -> int: ...
+
+    def choice(self, node: Node) -> Choice:
+        """How a node of the graph runs, and why."""
+        ...
+
+
+class PlainTorch:
+    """Every node through torch, as the op's meaning is written."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._run = TorchExecutor(graph)
+        self.peak_bytes = peak_bytes(graph)
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        return self._run(*inputs)
+
+    def choice(self, node: Node) -> Choice:
+        return Choice("torch", "the torch executor runs everything")
+
+
+class Selected:
+    """Each layer as measured on this machine: the native core, or torch where it is faster."""
+
+    def __init__(self, graph: Graph, mode: str) -> None:
+        self._selection: Selection = select(graph, mode)
+        self._whole_in_torch = self._selection.whole == DENSE
+        self._run = executor_of(graph, self._selection)
+        self._why_not = {node.name: why_not(node, graph) for node in graph.nodes}
+        self.peak_bytes = getattr(self._run, "peak_bytes", peak_bytes(graph))
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        return self._run(*inputs)
+
+    def choice(self, node: Node) -> Choice:
+        layer = self._selection.layers.get(node.name)
+        candidates = {} if layer is None else layer.candidates
+        reason = self._why_not[node.name]
+        if self._whole_in_torch:
+            return Choice("torch", reason or "torch runs the whole graph faster", candidates)
+        if reason is not None:
+            return Choice("torch", reason, candidates)
+        if layer is None:
+            merged = node.op == "conv2d" and node.attrs["groups"] == 1
+            why = (
+                "merged with the layer before that reads the same" if merged else "no zeros to use"
+            )
+            return Choice("native", why)
+        return Choice("torch" if layer.choice == DENSE else layer.choice, layer.reason, candidates)
+
+
+EXECUTORS: dict[str, Callable[[Graph], Executor]] = {
+    "auto": lambda graph: Selected(graph, "measured") if _fits(graph) else PlainTorch(graph),
+    "native": lambda graph: Selected(_checked(graph), "measured"),
+    "sparse": lambda graph: Selected(_checked(graph), "sparse"),
+    "torch": PlainTorch,
+}
+
+
+def make_executor(name: str, graph: Graph) -> Executor:
+    """An executor for a graph.
+
+    name:   a key of EXECUTORS
+    raises: BackendUnavailable for one asked for by name that cannot run here
+    """
+    return EXECUTORS[name](graph)
+
+
+def _fits(graph: Graph) -> bool:
+    return _why_not_selected(graph) is None
+
+
+def _checked(graph: Graph) -> Graph:
+    reason = _why_not_selected(graph)
+    if reason is not None:
+        raise BackendUnavailable(
+            f"engine cannot run on 'native': {reason}. Choose executor='torch', or leave it open"
+        )
+    return graph
+
+
+def _why_not_selected(graph: Graph) -> str | None:
+    weights = [w for node in graph.nodes for w in node.weights.values()]
+    if any(weight.device.type != "cpu" for weight in weights):
+        return "its weights are not on the CPU"
+    if any(graph.values[name].dtype is not torch.float32 for name in graph.inputs):
+        return "its input is not float32"
+    return why_not_native()
