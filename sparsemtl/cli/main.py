@@ -31,12 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     from sparsemtl.cli.bench import BenchAdam, BenchConv, BenchStep, BenchThreshold
     from sparsemtl.cli.compare import Compare
+    from sparsemtl.cli.compile import Compile, Explain
     from sparsemtl.cli.data import CheckData, WriteScenes
     from sparsemtl.cli.demo import Demo
     from sparsemtl.cli.evaluate import Evaluate
     from sparsemtl.cli.info import Info
     from sparsemtl.cli.prune import Prune
     from sparsemtl.cli.report import Report
+    from sparsemtl.cli.run import Run
     from sparsemtl.cli.similarity import Similarity
     from sparsemtl.cli.train import Train
 
@@ -55,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | Annotated[Prune, tyro.conf.subcommand("prune")]
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Compile, tyro.conf.subcommand("compile")]
+        | Annotated[Run, tyro.conf.subcommand("run")]
+        | Annotated[Explain, tyro.conf.subcommand("explain")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Similarity, tyro.conf.subcommand("similarity")]
         | Annotated[data, tyro.conf.subcommand("data", description="Make and check data sets.")]

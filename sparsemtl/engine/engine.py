@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ def compile(
     *,
     executor: str = "auto",
     most_plans: int = MOST_PLANS,
+    about: dict[str, Any] | None = None,
 ) -> Engine:
     """Capture a model in evaluation mode and prepare it for the example's input size.
 
@@ -49,6 +51,7 @@ def compile(
                 "native": the same, never falling back; "sparse": native, nothing measured;
                 "torch": plain torch
     most_plans: input sizes whose plans are kept; the least recently used goes first
+    about:      plain data that is saved with the engine, such as how images are normalised
     raises:     CaptureError (a ValueError) for control flow that depends on values, naming the
                 line; BackendUnavailable for an executor asked for by name that cannot run here
     """
@@ -56,7 +59,7 @@ def compile(
         raise TypeError(f"compile: Expected model to be a module, got {type(model).__name__}")
     graph, found = optimise(capture(model, _inputs(model, example)))
     _own_weights(graph, model)
-    engine = Engine(graph, executor=executor, most_plans=most_plans, rewrites=found)
+    engine = Engine(graph, executor=executor, most_plans=most_plans, rewrites=found, about=about)
     engine.plan(*(graph.shape(name) for name in graph.inputs))
     return engine
 
@@ -91,6 +94,7 @@ class Engine:
         executor: str = "auto",
         most_plans: int = MOST_PLANS,
         rewrites: dict[str, int] | None = None,
+        about: dict[str, Any] | None = None,
     ) -> None:
         if executor not in EXECUTORS:
             raise ValueError(f"engine: {unknown_choice('executor', executor, EXECUTORS)}")
@@ -98,6 +102,7 @@ class Engine:
             raise ValueError(f"engine: Expected most_plans ≥ 1, got {most_plans}")
         self.graph = graph
         self.rewrites = dict(rewrites or {})
+        self.about = dict(about or {})
         self._executor = executor
         self._most_plans = most_plans
         self._plans: OrderedDict[Shapes, Plan] = OrderedDict()
@@ -152,7 +157,7 @@ class Engine:
         dtype:  "bfloat16" halves the values, rounded to 8 bits of precision
         raises: ValueError for a folder that holds something, or an operator of another library
         """
-        save_graph(self.graph, Path(folder), dtype=dtype, overwrite=overwrite)
+        save_graph(self.graph, Path(folder), dtype=dtype, overwrite=overwrite, about=self.about)
 
     @classmethod
     def load(
@@ -166,7 +171,8 @@ class Engine:
 
         raises: EngineFileError (a ValueError) naming what is wrong, an unknown version among it
         """
-        return cls(load_graph(Path(folder)), executor=executor, most_plans=most_plans)
+        graph, about = load_graph(Path(folder))
+        return cls(graph, executor=executor, most_plans=most_plans, about=about)
 
     def _check(self, inputs: tuple[Tensor, ...]) -> None:
         names = self.graph.inputs

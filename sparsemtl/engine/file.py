@@ -48,17 +48,26 @@ _SAFETENSORS = {
 }
 
 
-def save_graph(graph: Graph, folder: Path, *, dtype: str = "float32", overwrite: bool) -> None:
+def save_graph(
+    graph: Graph,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    about: dict[str, Any] | None = None,
+) -> None:
     """Write a graph; a reader finds all of it or nothing.
 
     dtype:  "bfloat16" rounds the values of matrices and kernels, not biases
+    about:  plain data to keep with it
     raises: ValueError for another dtype, an operator that may not be read again, or a folder that
             holds something
     """
     if dtype not in DTYPES:
         raise ValueError(f"engine: Expected dtype to be one of {DTYPES}, got {dtype!r}")
-    _check_free(folder, overwrite)
+    check_free(folder, overwrite)
     plan, tensors = _plan_and_tensors(graph, torch.bfloat16 if dtype == "bfloat16" else None)
+    plan["about"] = about or {}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         fresh = Path(temporary) / "engine"
@@ -76,8 +85,8 @@ def save_graph(graph: Graph, folder: Path, *, dtype: str = "float32", overwrite:
         fresh.rename(folder)
 
 
-def load_graph(folder: Path) -> Graph:
-    """Read and check a folder that `save_graph` wrote.
+def load_graph(folder: Path) -> tuple[Graph, dict[str, Any]]:
+    """Read and check a folder that `save_graph` wrote: the graph, and what it is about.
 
     raises: EngineFileError (a ValueError) naming what is wrong; it runs nothing of the graph
     """
@@ -91,11 +100,13 @@ def load_graph(folder: Path) -> Graph:
         _check_operators(graph)
         graph.validate()
         check_freedom(graph)
+        if not isinstance(plan.get("about"), dict):
+            raise ValueError("Expected 'about' to be an object, got something else")
     except (ValueError, SafetensorError, OSError, RecursionError) as error:
         raise EngineFileError(
             f"engine: Expected a sound engine in {folder}, got: {error}"
         ) from error
-    return graph
+    return graph, plan["about"]
 
 
 def _plan_and_tensors(
@@ -122,7 +133,8 @@ def _plan_and_tensors(
     return plan, tensors
 
 
-def _check_free(folder: Path, overwrite: bool) -> None:
+def check_free(folder: Path, overwrite: bool) -> None:
+    """raises: ValueError unless an engine may be written there"""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not overwrite or not (folder / PLAN).is_file():
