@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsemtl.engine.capture import capture
 from sparsemtl.engine.executor import EXECUTORS, Executor, make_executor
 from sparsemtl.engine.explain import Explanation, explain_plan
 from sparsemtl.engine.file import load_graph, physical_memory, save_graph
@@ -57,6 +56,8 @@ def compile(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compile: Expected model to be a module, got {type(model).__name__}")
+    from sparsemtl.engine.capture import capture  # torch.export: slow to import, not for loading
+
     graph, found = optimise(capture(model, _inputs(model, example)))
     _own_weights(graph, model)
     engine = Engine(graph, executor=executor, most_plans=most_plans, rewrites=found, about=about)
