@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsemtl.engine import aten
+from sparsemtl.engine.shape_rules import output_shape
 from sparsemtl.errors import GraphError, unknown_choice
 
 if TYPE_CHECKING:
@@ -83,11 +84,10 @@ def infer_outputs(node: Node, inputs: Sequence[Value]) -> list[tuple[tuple[int, 
 
     raises: GraphError if the op cannot take these inputs
     """
-    if node.op in _UNCHANGED and inputs[0].dtype.is_floating_point:
-        return [(inputs[0].shape, inputs[0].dtype)]
+    known = output_shape(node, inputs)
+    if known is not None:
+        return [(known, inputs[0].dtype)]
     shadow = node.copy()
-    if node.op in ("conv2d", "linear"):  # torch takes a second to import what ReLU needs there
-        shadow.attrs["activation"] = ""
     shadow.weights = {name: w.to("meta") for name, w in node.weights.items()}
     try:
         found = compute(
@@ -231,7 +231,6 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "a resize mode": lambda value: isinstance(value, str) and value in RESIZE_MODES,
 }
 
-_UNCHANGED = ("clamp", "hardswish", "identity", "relu", "relu6", "sigmoid", "silu")
 DYNAMIC = "dynamic"  # an attribute that any node may have: how others follow from the input sizes
 
 _CONV = {
