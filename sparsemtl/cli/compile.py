@@ -29,6 +29,8 @@ class Compile:
     """Of the saved weights: float32, or bf16 (bfloat16) for half the size."""
     executor: str = "auto"
     """auto or native (measured on this machine), sparse (not measured) or torch."""
+    onnx: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the dense model with its zeros as ONNX too, compared with ONNX Runtime."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the table of layers here too."""
     quiet: bool = False
@@ -38,7 +40,8 @@ class Compile:
         shape = parse_shape(self.input)
         check_free(self.out, overwrite=False)  # before minutes of work
         folder = find_model(self.model)
-        engine = compile(load_model(folder), shape, executor=self.executor, about=about(folder))
+        model = load_model(folder)
+        engine = compile(model, shape, executor=self.executor, about=about(folder))
         dtype = {"bf16": "bfloat16"}.get(self.dtype, self.dtype)
         engine.save(self.out, dtype=dtype)
         explanation = engine.explain()
@@ -46,6 +49,11 @@ class Compile:
             write_json(self.json, explanation.to_json())
         if not self.quiet:
             print(explanation)
+        if self.onnx is not None:
+            from sparsemtl.engine.onnx import export_onnx
+
+            errors = export_onnx(model, shape, self.onnx)
+            print(f"{self.onnx}  differs by {max(errors.values()):.1e} in ONNX Runtime")
         print(f"{self.out}  {folder_bytes(self.out) / 1e6:.1f} MB")
         return 0
 

@@ -47,7 +47,7 @@ def capture(model: nn.Module, example: Sequence[Tensor]) -> Graph:
              what the model itself raises for an input that it does not take
     """
     inputs = tuple(example)
-    with _inference(model), warnings.catch_warnings():
+    with inference(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about its own deprecated parts
         exported = _export(model, inputs)
         freedom = _freedom(exported, inputs)
@@ -138,7 +138,7 @@ def _mutates(exported: Any) -> bool:
 
 
 @contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
+def inference(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and nothing in place where a module leaves the choice; then as before."""
     saved = [
         (module, module.training, getattr(module, "inplace", None)) for module in model.modules()

@@ -58,7 +58,7 @@ def compile(
         raise TypeError(f"compile: Expected model to be a module, got {type(model).__name__}")
     from sparsemtl.engine.capture import capture  # torch.export: slow to import, not for loading
 
-    graph, found = optimise(capture(model, _inputs(model, example)))
+    graph, found = optimise(capture(model, example_inputs(model, example)))
     _own_weights(graph, model)
     engine = Engine(graph, executor=executor, most_plans=most_plans, rewrites=found, about=about)
     engine.plan(*(graph.shape(name) for name in graph.inputs))
@@ -213,7 +213,10 @@ def _own_weights(graph: Graph, model: nn.Module) -> None:
                 node.weights[name] = weight.clone()
 
 
-def _inputs(model: nn.Module, example: Tensor | Sequence[Tensor] | tuple[int, ...]) -> list[Tensor]:
+def example_inputs(
+    model: nn.Module, example: Tensor | Sequence[Tensor] | tuple[int, ...]
+) -> list[Tensor]:
+    """The inputs that an example stands for.   raises: TypeError for anything else"""
     if isinstance(example, Tensor):
         return [example]
     items = list(example) if isinstance(example, list | tuple) else []
