@@ -67,15 +67,19 @@ def check(coding: str, shape: tuple[int, ...], sizes: dict[str, tuple[torch.dtyp
         raise ValueError(f"engine: Expected {coding} parts of a weight {list(shape)}, got {sizes}")
 
 
-def decode(coding: str, shape: tuple[int, ...], parts: dict[str, Tensor]) -> Tensor:
-    """The weight of a checked coding: float32, or the dense values as they are.
+def decode(
+    coding: str,
+    shape: tuple[int, ...],
+    parts: dict[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The weight of a checked coding.   dtype: what it was; rounded values are widened again
 
     raises: ValueError if the index does not fit the values or the shape
     """
     values = parts["values"]
     if coding == "dense":
-        dense = values.float() if values.dtype is torch.bfloat16 else values
-        return dense.reshape(shape)
+        return values.to(dtype).reshape(shape)
     weight = torch.zeros(shape, dtype=torch.float32)
     read = _from_bits if coding == "bitmask" else _from_gaps
     places = read(parts["index"].numpy(), weight.numel())

@@ -28,7 +28,15 @@ from torch import Tensor
 
 from sparsemtl.engine import aten, codec
 from sparsemtl.engine.graph import Graph
-from sparsemtl.engine.plan_json import check_freedom, from_json, integer, shape_of, to_json
+from sparsemtl.engine.plan_json import (
+    check_freedom,
+    dtype_name,
+    dtype_of,
+    from_json,
+    integer,
+    shape_of,
+    to_json,
+)
 from sparsemtl.errors import EngineFileError
 
 FORMAT, VERSION = "sparsemtl-engine", 1
@@ -125,7 +133,8 @@ def _plan_and_tensors(
         coding, parts = codec.encode(weight.cpu(), rounded)
         for name, part in parts.items():
             tensors[f"{number}.{name}"] = part.clone()  # one file entry each, nothing shared
-        entries.append({"shape": list(weight.shape), "coding": coding, "parts": sorted(parts)})
+        entry = {"coding": coding, "dtype": dtype_name(weight.dtype), "parts": sorted(parts)}
+        entries.append({**entry, "shape": list(weight.shape)})
         return number
 
     plan = to_json(graph, add)
@@ -211,13 +220,13 @@ class _Weights:
         ]
         if names:
             raise ValueError(f"Expected tensors that the plan names, got {sorted(names)[:3]} too")
-        total = sum(4 * prod(shape) for shape, _, _ in self._entries)
+        total = sum(was.itemsize * prod(shape) for shape, _, _, was in self._entries)
         if total > physical_memory():
             raise ValueError(f"Expected weights that fit this machine's memory, got {total} bytes")
 
     def _checked(
         self, number: int, entry: Any, names: set[str]
-    ) -> tuple[tuple[int, ...], str, list[str]]:
+    ) -> tuple[tuple[int, ...], str, list[str], torch.dtype]:
         if not isinstance(entry, dict) or entry.get("coding") not in codec.CODINGS:
             raise ValueError(f"Expected a coding in {codec.CODINGS} of tensor {number}")
         shape = shape_of(entry.get("shape"), f"the shape of tensor {number}")
@@ -235,15 +244,21 @@ class _Weights:
             if dtype is None or len(view.get_shape()) != 1:
                 raise ValueError(f"Expected {name!r} to be a row of numbers")
             sizes[part] = (dtype, view.get_shape()[0])
+        was = dtype_of(entry.get("dtype"))
+        narrowed = was is torch.float32 and sizes["values"][0] is torch.bfloat16
+        if (entry["coding"] != "dense" and was is not torch.float32) or not (
+            narrowed or sizes["values"][0] is was
+        ):
+            raise ValueError(f"Expected values of {was} in tensor {number}, got others")
         codec.check(entry["coding"], shape, sizes)
-        return shape, entry["coding"], parts
+        return shape, entry["coding"], parts, was
 
     def __call__(self, number: int) -> Tensor:
         if number not in self._known:
             integer(number, "the number of a weight", 0, len(self._entries) - 1)
-            shape, coding, parts = self._entries[number]
+            shape, coding, parts, was = self._entries[number]
             read = {part: self._file.get_tensor(f"{number}.{part}") for part in parts}
-            self._known[number] = codec.decode(coding, shape, read)
+            self._known[number] = codec.decode(coding, shape, read, was)
         return self._known[number]
 
 

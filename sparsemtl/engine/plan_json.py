@@ -26,7 +26,7 @@ def to_json(graph: Graph, add_weight: Callable[[Tensor], int]) -> dict[str, Any]
     return {
         "inputs": list(graph.inputs),
         "outputs": [[task, name] for task, name in graph.outputs.items()],
-        "values": [[v.name, list(v.shape), _dtype_name(v.dtype)] for v in graph.values.values()],
+        "values": [[v.name, list(v.shape), dtype_name(v.dtype)] for v in graph.values.values()],
         "nodes": [
             {
                 "op": node.op,
@@ -153,7 +153,8 @@ def _from_attribute(value: Any) -> Any:
     return value
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """raises: ValueError for a dtype that no value may have"""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"engine: Expected values of {DTYPES} to save, got {name}")

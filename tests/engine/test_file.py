@@ -93,6 +93,15 @@ def test_bfloat16_halves_the_values(tmp_path):
         engine.save(tmp_path / "other", dtype="int8")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_of_another_dtype_keeps_it(tmp_path, dtype):
+    model = randomise(TwoHeads(), 0.5).to(dtype)
+    x = torch.randn(1, 3, 8, 8, dtype=dtype)
+    engine = compile(model, x, executor="torch")
+    engine.save(tmp_path / "engine")
+    assert_close_tasks(Engine.load(tmp_path / "engine")(x), engine(x), 0.0)
+
+
 def test_guards_survive_the_file(tmp_path):
     model = Standardised()
     compile(model, (2, 3, 6, 6), executor="torch").save(tmp_path / "engine")
