@@ -25,6 +25,7 @@ from sparsemtl.engine.graph import Graph
 from sparsemtl.engine.liveness import peak_bytes
 from sparsemtl.engine.passes import adapt, optimise
 from sparsemtl.engine.shapes import specialise
+from sparsemtl.engine.store import Coded, StoredGraph, densities, without_weights
 from sparsemtl.errors import unknown_choice
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -69,15 +70,17 @@ class Plan:
     """A graph for one input size, with who runs it."""
 
     def __init__(self, graph: Graph, executor: str) -> None:
-        self.graph, self.rewrites = adapt(graph)
-        peak = peak_bytes(self.graph)
+        graph, self.rewrites = adapt(graph)
+        peak = peak_bytes(graph)
         if peak > physical_memory():
             shapes = [list(graph.shape(name)) for name in graph.inputs]
             raise ValueError(
                 f"engine: Expected an input whose values fit this machine's memory, got {shapes}, "
                 f"which needs {peak} bytes"
             )
-        self.executor: Executor = make_executor(executor, self.graph)
+        self.executor: Executor = make_executor(executor, graph)
+        self.densities = densities(graph)
+        self.graph = without_weights(graph)  # the executor has them in its own form
 
     @property
     def peak_bytes(self) -> int:
@@ -96,12 +99,15 @@ class Engine:
         most_plans: int = MOST_PLANS,
         rewrites: dict[str, int] | None = None,
         about: dict[str, Any] | None = None,
+        coded: dict[int, Coded] | None = None,
     ) -> None:
         if executor not in EXECUTORS:
             raise ValueError(f"engine: {unknown_choice('executor', executor, EXECUTORS)}")
         if most_plans < 1:
             raise ValueError(f"engine: Expected most_plans ≥ 1, got {most_plans}")
-        self.graph = graph
+        self._stored = StoredGraph(graph, coded)
+        self._fresh: Graph | None = graph  # until the first plan has used it
+        self.graph = self._stored.light
         self.rewrites = dict(rewrites or {})
         self.about = dict(about or {})
         self._executor = executor
@@ -140,7 +146,9 @@ class Engine:
             if shapes in self._plans:
                 self._plans.move_to_end(shapes)
                 return self._plans[shapes]
-            plan = Plan(specialise(self.graph, shapes), self._executor)
+            graph = self._fresh or self._stored.graph()
+            plan = Plan(specialise(graph, shapes), self._executor)
+            self._fresh = None
             self._plans[shapes] = plan
             while len(self._plans) > self._most_plans:
                 self._plans.popitem(last=False)
@@ -158,7 +166,8 @@ class Engine:
         dtype:  "bfloat16" halves the values, rounded to 8 bits of precision
         raises: ValueError for a folder that holds something, or an operator of another library
         """
-        save_graph(self.graph, Path(folder), dtype=dtype, overwrite=overwrite, about=self.about)
+        graph = self._stored.graph()
+        save_graph(graph, Path(folder), dtype=dtype, overwrite=overwrite, about=self.about)
 
     @classmethod
     def load(
@@ -172,8 +181,8 @@ class Engine:
 
         raises: EngineFileError (a ValueError) naming what is wrong, an unknown version among it
         """
-        graph, about = load_graph(Path(folder))
-        return cls(graph, executor=executor, most_plans=most_plans, about=about)
+        graph, about, coded = load_graph(Path(folder))
+        return cls(graph, executor=executor, most_plans=most_plans, about=about, coded=coded)
 
     def _check(self, inputs: tuple[Tensor, ...]) -> None:
         names = self.graph.inputs

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sparsemtl.engine.graph import Graph, Node
 
 if TYPE_CHECKING:
@@ -103,15 +101,11 @@ def explain_plan(plan: Plan, rewrites: dict[str, int]) -> Explanation:
 
 def _row(node: Node, graph: Graph, plan: Plan) -> Row:
     choice = plan.executor.choice(node)
-    weight = node.weights.get("weight") if node.op != "torch" else None
-    density = None
-    if weight is not None and weight.dim() >= 2:
-        density = int(torch.count_nonzero(weight)) / max(1, weight.numel())
     return Row(
         node.name,
         str(node.attrs["target"]) if node.op == "torch" else node.op,
         graph.shape(node.outputs[0]),
-        density,
+        plan.densities.get(node.name),
         choice.runs_as,
         choice.because,
         choice.candidates,

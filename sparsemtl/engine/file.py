@@ -37,6 +37,7 @@ from sparsemtl.engine.plan_json import (
     shape_of,
     to_json,
 )
+from sparsemtl.engine.store import Coded
 from sparsemtl.errors import EngineFileError
 
 FORMAT, VERSION = "sparsemtl-engine", 1
@@ -93,8 +94,8 @@ def save_graph(
         fresh.rename(folder)
 
 
-def load_graph(folder: Path) -> tuple[Graph, dict[str, Any]]:
-    """Read and check a folder that `save_graph` wrote: the graph, and what it is about.
+def load_graph(folder: Path) -> tuple[Graph, dict[str, Any], dict[int, Coded]]:
+    """Read and check a folder: the graph, what it is about, and its weights' coding by their id.
 
     raises: EngineFileError (a ValueError) naming what is wrong; it runs nothing of the graph
     """
@@ -104,7 +105,8 @@ def load_graph(folder: Path) -> tuple[Graph, dict[str, Any]]:
         plan = _read_plan(folder / PLAN)
         _check_weights_file(plan, folder / WEIGHTS)
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            graph = from_json(plan, _Weights(plan.get("tensors"), file))
+            weights = _Weights(plan.get("tensors"), file)
+            graph = from_json(plan, weights)
         _check_operators(graph)
         graph.validate()
         check_freedom(graph)
@@ -114,7 +116,7 @@ def load_graph(folder: Path) -> tuple[Graph, dict[str, Any]]:
         raise EngineFileError(
             f"engine: Expected a sound engine in {folder}, got: {error}"
         ) from error
-    return graph, plan["about"]
+    return graph, plan["about"], weights.coded
 
 
 def _plan_and_tensors(
@@ -214,6 +216,7 @@ class _Weights:
             raise ValueError(f"Expected a list of tensors, got {type(entries).__name__}")
         self._file = file
         self._known: dict[int, Tensor] = {}
+        self.coded: dict[int, Coded] = {}
         names = set(file.keys())
         self._entries = [
             self._checked(number, entry, names) for number, entry in enumerate(entries)
@@ -258,7 +261,8 @@ class _Weights:
             integer(number, "the number of a weight", 0, len(self._entries) - 1)
             shape, coding, parts, was = self._entries[number]
             read = {part: self._file.get_tensor(f"{number}.{part}") for part in parts}
-            self._known[number] = codec.decode(coding, shape, read, was)
+            weight = self._known[number] = codec.decode(coding, shape, read, was)
+            self.coded[id(weight)] = (coding, read)
         return self._known[number]
 
 

@@ -166,6 +166,19 @@ def test_a_plan_for_each_size_and_no_more_than_asked_for():
     assert engine.plan((1, 3, 16, 16)) is not first
 
 
+def test_an_engine_keeps_the_weights_coded_between_plans():
+    model = randomise(build_model(ModelConfig(width=0.15), {"depth": 1}), 0.9)
+    engine = sparsemtl.compile(model, (1, 3, 33, 33), executor="sparse")
+    assert all(w.is_meta for node in engine.graph.nodes for w in node.weights.values())
+    stored = engine._stored.graph()
+    nonzeros = sum(int(n.weights["weight"].count_nonzero()) for n in stored.nodes if n.weights)
+    parts = [part for _, parts in engine._stored._coded.values() for part in parts.values()]
+    assert sum(part.numel() * part.element_size() for part in parts) < 5.6 * nonzeros
+    for shape in ((1, 3, 33, 33), (2, 3, 40, 33)):
+        x = torch.randn(shape)
+        assert_close_tasks(engine(x), expected_of(model, x))
+
+
 def test_several_callers_at_once_get_their_own_answers():
     model = randomise(TwoHeads(), 0.5)
     engine = sparsemtl.compile(model, (1, 3, 16, 16))
