@@ -42,12 +42,22 @@ _FLOATS = ("inf", "-inf", "nan")
 
 
 def run(node: Node, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Call the operator; its tensors, in order."""
+    """Call the operator; its tensors, in order.
+
+    raises: GraphError if it refuses them, which torch may know only when it computes
+    """
     device = next((t.device for t in (*inputs, *node.weights.values())), torch.device("cpu"))
     spec = json.loads(node.attrs["arguments"])
     args = [_decode(value, node, inputs, device) for value in spec["args"]]
     kwargs = {k: _decode(value, node, inputs, device) for k, value in spec["kwargs"].items()}
-    found = overload(node.attrs["target"])(*args, **kwargs)
+    target = node.attrs["target"]
+    try:
+        found = overload(target)(*args, **kwargs)
+    except (RuntimeError, IndexError, TypeError) as error:
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise GraphError(
+            f"engine: Expected arguments that {target} takes at {node.name!r}, got: {reason[0]}"
+        ) from error
     return tuple(found) if isinstance(found, tuple | list) else (found,)
 
 

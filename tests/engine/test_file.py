@@ -200,6 +200,18 @@ def test_a_changed_field_is_named(folder, change, words):
         Engine.load(folder, executor="torch")
 
 
+def test_what_torch_refuses_only_when_it_computes_is_a_value_error(folder):
+    def no_bias_axis(whole):
+        node = next(
+            n for n in whole["plan"]["nodes"] if "conv_transpose2d" in str(n["attrs"].get("target"))
+        )
+        whole["plan"]["tensors"][node["weights"]["constant1"]]["shape"] = []
+
+    _edit(folder, no_bias_axis)
+    with pytest.raises(ValueError, match="conv_transpose2d"):
+        Engine.load(folder, executor="torch")(torch.zeros(2, 3, 16, 20))
+
+
 def test_other_damage_is_refused(folder, tmp_path):
     with pytest.raises(EngineFileError, match="Expected a folder with"):
         Engine.load(tmp_path / "nowhere", executor="torch")
