@@ -10,8 +10,9 @@ N samples, h units, K outputs of a reader. docs/fidelity.md lists what the paper
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ class DistinctivenessConfig:
 
     theta: float = 30.0  # degrees; the paper's threshold
     activations: str = "raw"  # patterns as the readers see them (Eq. 5); centred: minus their mean
-    patterns: str = "pass"  # over one pass after the epoch; "epoch": collected during it; "batch"
+    patterns: str = "pass"  # one pass after the epoch; "epoch": collected during it; "batch": last
     pattern_batches: int | None = None  # pass: of the training order; None: all of an epoch
     factor: str = "cosine"  # Eq. 12, which supposes equal norms; least-squares: cos · |h_y|/|h_x|
     order: str = "closest"  # pairs by their angle, or by the units' index
@@ -288,18 +289,37 @@ class Distinctiveness(Method):
             self.patterns.add(inputs[0])
 
     def _pass(self, state: StepState) -> Patterns:
-        """Patterns of the present weights, in eval mode, over the training samples."""
+        """Patterns of the present weights over the training samples, as training sees them."""
         self.patterns = Patterns.empty(self.layer.size)
-        was_training = state.model.training
-        state.model.eval()
         self._recording = True
         count = self.config.pattern_batches or state.steps_per_epoch
-        with torch.no_grad():
+        with torch.no_grad(), as_in_training(state.model):
             for batch in state.scoring_batches(count):
                 state.forward(batch)
         self._recording = False
-        state.model.train(was_training)
         return self.patterns
+
+
+@contextlib.contextmanager
+def as_in_training(model: nn.Module) -> Iterator[None]:
+    """Batch statistics, but no dropout, and nothing that the passes leave behind.
+
+    Running statistics lag behind the weights. Early in training they would give every unit the
+    same large offset, and all angles would be near 0.
+    """
+    modes = {module: module.training for module in model.modules()}
+    norms = [m for m in modes if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    buffers = {b: b.clone() for norm in norms for b in norm.buffers()}
+    model.eval()
+    for norm in norms:
+        norm.train()
+    try:
+        yield
+    finally:
+        for buffer, before in buffers.items():
+            buffer.copy_(before)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def smallest_angle(patterns: Patterns, config: DistinctivenessConfig) -> float:

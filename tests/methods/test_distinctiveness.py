@@ -212,6 +212,22 @@ def test_resuming_at_any_step_gives_the_same_bits(data, tmp_path, options):
             assert torch.equal(a, b), (path.name, name)
 
 
+def test_patterns_are_those_of_training_and_leave_nothing_behind(data):
+    """Running statistics far off, as early in training, change no angle and are not touched."""
+    found = []
+    for offset in (0.0, 50.0):
+        state = make_state(data)
+        state.model.train()
+        state.model.norm.running_mean.fill_(offset)
+        before = {k: v.clone() for k, v in state.model.state_dict().items()}
+        patterns = state.method._pass(state)
+        assert all(torch.equal(before[k], v) for k, v in state.model.state_dict().items())
+        assert all(module.training for module in state.model.modules())
+        assert float(patterns.samples) == 8
+        found.append(patterns.gram)
+    assert torch.equal(*found)
+
+
 class Own(nn.Module):
     """A user's network with other names, and no batch norm."""
 
