@@ -12,18 +12,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsemtl.data import DATASETS, DataConfig, NYUv2Config, ScenesConfig
+from sparsemtl.data import DATASETS, DataConfig, NYUv2Config, ScenesConfig, VehicleXConfig
 from sparsemtl.errors import unknown_choice
 from sparsemtl.methods import (
     METHODS,
     AdapMTLConfig,
     DenseConfig,
+    DistinctivenessConfig,
     MethodConfig,
     method_config_type,
     method_name,
 )
 from sparsemtl.models.config import ModelConfig
 from sparsemtl.tasks.delta import FORMS as DELTA_FORMS
+from sparsemtl.training.balance import BalanceConfig
 from sparsemtl.training.optim import OptimConfig
 from sparsemtl.training.state import TrainConfig
 from sparsemtl.training.weighting import WeightingConfig
@@ -123,11 +125,60 @@ def nyuv2_adapmtl_mobilenetv2() -> RunConfig:
     )
 
 
+def scenes_distinctiveness() -> RunConfig:
+    """The distinctiveness paper's training on the rooms' four classification tasks."""
+    return _distinctiveness(
+        ScenesConfig(),
+        ("dominant_colour", "room_type", "object_count", "camera_pose"),
+        ModelConfig("deeplab-resnet18", width=0.25, head="joint"),
+        steps=320,  # 20 epochs of 512 rooms
+        name="scenes-distinctiveness",
+    )
+
+
+def vehiclex_distinctiveness() -> RunConfig:
+    """The same on Vehicle-X: 20 epochs of its 45 438 training pictures, from random weights."""
+    return _distinctiveness(
+        VehicleXConfig(),
+        ("colour", "vehicle_type", "vehicle", "camera"),
+        ModelConfig("deeplab-resnet34", head="joint"),
+        steps=28_400,
+        name="vehiclex-distinctiveness",
+    )
+
+
+def _distinctiveness(
+    data: DataConfig, tasks: tuple[str, ...], model: ModelConfig, steps: int, name: str
+) -> RunConfig:
+    """128 units, θ = 30°, hardest 70 %, PCGrad, Adam 1e-3, L2 5e-3; no plateau schedule yet."""
+    optim = OptimConfig(
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        weight_decay=5e-3,
+        schedule="step",
+        lr_factor=0.1,
+        lr_every=2 * steps // 3,
+    )
+    train = TrainConfig(
+        steps=steps, batch_size=32, mining=0.7, balance=BalanceConfig("pcgrad"), optim=optim
+    )
+    return RunConfig(
+        data=data,
+        model=model,
+        method=DistinctivenessConfig(),
+        train=train,
+        tasks=tasks,
+        preset=name,
+    )
+
+
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "demo": demo,
     "quick": quick,
     "nyuv2-adapmtl-resnet34": nyuv2_adapmtl_resnet34,
     "nyuv2-adapmtl-mobilenetv2": nyuv2_adapmtl_mobilenetv2,
+    "scenes-distinctiveness": scenes_distinctiveness,
+    "vehiclex-distinctiveness": vehiclex_distinctiveness,
 }
 
 

@@ -8,7 +8,13 @@ from typing import Annotated
 
 import tyro
 
-from sparsemtl.data import ScenesConfig, check_dataset, write_dataset
+from sparsemtl.data import (
+    ScenesConfig,
+    VehicleXMiniature,
+    check_dataset,
+    write_dataset,
+    write_vehiclex,
+)
 from sparsemtl.training.checkpoint import write_json
 
 
@@ -45,12 +51,42 @@ class WriteScenes:
 
 
 @dataclass
+class WriteVehicleX:
+    """Draw a miniature of Vehicle-X in its exact layout (v2: jpg and finegrained_label.xml)."""
+
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """New folder."""
+    frames: int = 96
+    """Training pictures."""
+    frames_val: int = 32
+    frames_test: int = 32
+    vehicles: int = 24
+    """Different vehicles, at most 1362."""
+    cameras: int = 5
+    seed: int = 0
+
+    def run(self) -> int:
+        config = VehicleXMiniature(
+            train=self.frames,
+            val=self.frames_val,
+            test=self.frames_test,
+            vehicles=self.vehicles,
+            cameras=self.cameras,
+            seed=self.seed,
+        )
+        counts = write_vehiclex(config, self.out)
+        pictures = ", ".join(f"{count} {split}" for split, count in counts.items())
+        print(f"{self.out}: {pictures} pictures (layout vehiclex)")
+        return 0
+
+
+@dataclass
 class CheckData:
     """Report each unreadable, missing or mis-sized file of a data set."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     layout: str | None = None
-    """nyuv2 (AdaShare) or mtan; found out if not given."""
+    """nyuv2 (AdaShare), mtan or vehiclex; found out if not given."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the report here too."""
 

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from sparsemtl.cli.bench import BenchAdam, BenchConv, BenchStep, BenchThreshold
     from sparsemtl.cli.compare import Compare
     from sparsemtl.cli.compile import Compile, Explain
-    from sparsemtl.cli.data import CheckData, WriteScenes
+    from sparsemtl.cli.data import CheckData, WriteScenes, WriteVehicleX
     from sparsemtl.cli.demo import Demo
     from sparsemtl.cli.evaluate import Evaluate
     from sparsemtl.cli.info import Info
@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     data = (
         Annotated[WriteScenes, tyro.conf.subcommand("scenes")]
+        | Annotated[WriteVehicleX, tyro.conf.subcommand("vehiclex")]
         | Annotated[CheckData, tyro.conf.subcommand("check")]
     )
     bench = (

@@ -44,7 +44,8 @@ class Train:
     resume: Folder = None
     """Continue this run; every other choice is the run's own."""
     preset: str = "demo"
-    """demo, quick, nyuv2-adapmtl-resnet34, nyuv2-adapmtl-mobilenetv2, or a run's config.json."""
+    """demo, quick, nyuv2-adapmtl-resnet34, nyuv2-adapmtl-mobilenetv2,
+    scenes-distinctiveness, vehiclex-distinctiveness, or a run's config.json."""
     method: Text = None
     """dense, single-task, magnitude, imp, lth, snip, grasp, str, disparse-static, disparse-pt,
     disparse-dynamic, rigl or adapmtl."""
@@ -56,7 +57,7 @@ class Train:
     """Optimizer steps."""
     seed: Whole = None
     data: Text = None
-    """scenes (procedural) or nyuv2."""
+    """scenes (procedural), nyuv2 or vehiclex."""
     data_root: Folder = None
     """Folder of a data set on disk; means --data nyuv2 unless said otherwise."""
     data_option: Words = ()
@@ -180,7 +181,9 @@ class Train:
         return str(Path(self.baseline).resolve())  # resuming may start from elsewhere
 
     def _data(self, config: RunConfig) -> Any:
-        name = self.data or ("nyuv2" if self.data_root is not None else None)
+        name = self.data
+        if name is None and self.data_root is not None and not hasattr(config.data, "root"):
+            name = "nyuv2"
         data: Any = config.data
         if name is not None and type(data) is not dataset_config(name):
             data = dataset_config(name)()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sparsemtl.data import nyuv2, scenes
+from sparsemtl.data import nyuv2, scenes, vehiclex
 from sparsemtl.data.base import (
     DataError,
     DataSpec,
@@ -17,18 +17,23 @@ from sparsemtl.data.base import (
 from sparsemtl.data.check import CheckReport, check_dataset
 from sparsemtl.data.nyuv2 import NYUv2, NYUv2Config
 from sparsemtl.data.scenes import Scenes, ScenesConfig
+from sparsemtl.data.vehiclex import VehicleX, VehicleXConfig
+from sparsemtl.data.vehiclex_write import VehicleXMiniature, write_vehiclex
 from sparsemtl.data.wrap import as_multitask
 from sparsemtl.data.write import write_dataset
 from sparsemtl.errors import unknown_choice
 
-DataConfig = ScenesConfig | NYUv2Config
-DATASETS: dict[str, type[ScenesConfig] | type[NYUv2Config]] = {
+DataConfig = ScenesConfig | NYUv2Config | VehicleXConfig
+DATASETS: dict[str, type[ScenesConfig] | type[NYUv2Config] | type[VehicleXConfig]] = {
     "scenes": ScenesConfig,
     "nyuv2": NYUv2Config,
+    "vehiclex": VehicleXConfig,
 }
 
 
-def dataset_config(name: str) -> type[ScenesConfig] | type[NYUv2Config]:
+def dataset_config(
+    name: str,
+) -> type[ScenesConfig] | type[NYUv2Config] | type[VehicleXConfig]:
     """The config class of a dataset.   raises: ValueError listing the choices"""
     if name not in DATASETS:
         raise ValueError(unknown_choice("dataset", name, DATASETS))
@@ -48,6 +53,8 @@ def build_dataset(
         return Scenes(config, split, tasks)
     if isinstance(config, NYUv2Config):
         return NYUv2(config, split, tasks)
+    if isinstance(config, VehicleXConfig):
+        return VehicleX(config, split, tasks)
     names = [cls.__name__ for cls in DATASETS.values()]
     raise TypeError(f"build_dataset: Expected a config of {names}, got {type(config).__name__}")
 
@@ -56,6 +63,8 @@ def count_frames(config: DataConfig) -> dict[str, int]:
     """Frames of "train", "val" and "test"; 0 for a split that would be empty."""
     if isinstance(config, ScenesConfig):
         return scenes.frame_counts(config)
+    if isinstance(config, VehicleXConfig):
+        return vehiclex.frame_counts(config)
     return nyuv2.frame_counts(config)
 
 
@@ -73,6 +82,9 @@ __all__ = [
     "Scenes",
     "ScenesConfig",
     "TargetSpec",
+    "VehicleX",
+    "VehicleXConfig",
+    "VehicleXMiniature",
     "as_multitask",
     "build_dataset",
     "check_dataset",
@@ -80,4 +92,5 @@ __all__ = [
     "count_frames",
     "dataset_config",
     "write_dataset",
+    "write_vehiclex",
 ]

@@ -27,6 +27,8 @@ from sparsemtl.data.nyuv2_layouts import (
     find_layout,
     list_frames,
 )
+from sparsemtl.data.vehiclex import find_vehiclex
+from sparsemtl.data.vehiclex_check import vehiclex_problems
 from sparsemtl.errors import unknown_choice
 
 
@@ -64,16 +66,19 @@ class CheckReport:
 def check_dataset(
     root: str | Path, layout: str | None = None, list_file: str = LIST_FILE
 ) -> CheckReport:
-    """Read every file that a NYUv2 folder lists.
+    """Read every file that a NYUv2 or Vehicle-X folder lists.
 
-    layout:  adashare (also called nyuv2, as in write_dataset) | mtan; None to find out
+    layout:  adashare (also called nyuv2, as in write_dataset) | mtan | vehiclex; None to find out
     returns: one Problem per unreadable, missing or mis-sized file, label out of range, NaN, inf or
              negative depth, wrong dtype, faulty list entry, frame listed twice or empty list
     raises:  ValueError on an unknown layout
     """
+    if layout == "vehiclex" or (layout is None and find_vehiclex(root) is not None):
+        problems, counts = vehiclex_problems(root)
+        return CheckReport(str(root), "vehiclex", tuple(problems), counts)
     root, names = Path(root), {"nyuv2": "adashare", **{name: name for name in ("auto", *LAYOUTS)}}
     if (layout or "auto") not in names:
-        raise ValueError(f"check_dataset: {unknown_choice('layout', layout, names)}")
+        raise ValueError(f"check_dataset: {unknown_choice('layout', layout, [*names, 'vehiclex'])}")
     try:
         found = find_layout(root, names[layout or "auto"], list_file)
         listing = list_frames(root, found, list_file)

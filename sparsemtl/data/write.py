@@ -60,12 +60,12 @@ def write_dataset(
     manifest: dict[str, Any] = {"layout": layout, "splits": counts, "config": settings}
     if _prepare(out, manifest, overwrite):
         return counts
-    _write_atomically(out / MANIFEST, _json({**manifest, "complete": False}))
+    write_atomically(out / MANIFEST, _json({**manifest, "complete": False}))
     if layout == "nyuv2":
         _write_nyuv2(config, out, counts)
     else:
         _write_frames(config, out, list(_mtan_frames(counts)), _mtan_files)
-    _write_atomically(out / MANIFEST, _json({**manifest, "complete": True}))
+    write_atomically(out / MANIFEST, _json({**manifest, "complete": True}))
     return counts
 
 
@@ -190,7 +190,7 @@ def _write_nyuv2(config: ScenesConfig, out: Path, counts: dict[str, int]) -> Non
         lists.setdefault(split, []).append(entry)
     _write_frames(config, out, frames, _nyuv2_files)
     lists["train1"], lists["train2"] = lists["train"][::2], lists["train"][1::2]
-    _write_atomically(out / LIST_FILE, _json(lists))
+    write_atomically(out / LIST_FILE, _json(lists))
 
 
 def _nyuv2_files(frame: Frame, max_depth: float) -> dict[str, bytes]:
@@ -226,7 +226,7 @@ def _write_frames(
             return
         files = encode(render(config, split, index), config.max_depth)
         for key, data in files.items():
-            _write_atomically(out / paths[key], data)
+            write_atomically(out / paths[key], data)
 
     # Threads suffice: numpy and the picture encoder release the interpreter's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -261,7 +261,7 @@ def _json(value: object) -> bytes:
     return json.dumps(value, indent=1).encode()
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Write beside the name and rename: a reader, or a rerun, sees all of the file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
