@@ -36,6 +36,7 @@ class DistinctivenessConfig:
     """When two hidden units are one, and how they become it."""
 
     theta: float = 30.0  # degrees; the paper's threshold
+    warmup: int = 0  # epochs before the first merging; random weights have hardly any features yet
     activations: str = "raw"  # patterns as the readers see them (Eq. 5); centred: minus their mean
     patterns: str = "pass"  # one pass after the epoch; "epoch": collected during it; "batch": last
     pattern_batches: int | None = None  # pass: of the training order; None: all of an epoch
@@ -64,6 +65,8 @@ class DistinctivenessConfig:
             raise ValueError(
                 f"DistinctivenessConfig: Expected theta in [0, 90) degrees, got {self.theta}"
             )
+        if self.warmup < 0:
+            raise ValueError(f"DistinctivenessConfig: Expected warmup >= 0, got {self.warmup}")
         for name in ("smallest", "pattern_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -250,8 +253,9 @@ class Distinctiveness(Method):
         assert patterns is not None
         state.average(patterns.tensors())
         self.angles.append(smallest_angle(patterns, self.config))
-        shrunk, kept = merge_units(self.layer, patterns, self.config)
-        shrink_optimizer(state.optimizer, shrunk, kept)
+        if state.step > self.config.warmup * state.steps_per_epoch:
+            shrunk, kept = merge_units(self.layer, patterns, self.config)
+            shrink_optimizer(state.optimizer, shrunk, kept)
         self.sizes.append(self.layer.size)
         self.patterns = Patterns.empty(self.layer.size)
 

@@ -212,6 +212,14 @@ def test_resuming_at_any_step_gives_the_same_bits(data, tmp_path, options):
             assert torch.equal(a, b), (path.name, name)
 
 
+def test_a_warm_up_comes_before_the_first_merging(data):
+    state = make_state(data, theta=60.0, warmup=2)
+    train(state)
+    first, second, third, last = state.method.sizes
+    assert first == second == third == 24
+    assert last < 24
+
+
 def test_patterns_are_those_of_training_and_leave_nothing_behind(data):
     """Running statistics far off, as early in training, change no angle and are not touched."""
     found = []
