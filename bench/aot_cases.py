@@ -14,6 +14,7 @@ I32, I64, F32 = torch.int32, torch.int64, torch.float32
 def cases() -> Iterator[Case]:
     """Name, kernel, argument types or values, options."""
     yield from elementwise()
+    yield from group_thresholds()
     yield from convolutions()
     yield from weight_gradients()
 
@@ -38,6 +39,25 @@ def elementwise() -> Iterator[Case]:
             flags = {"THRESHOLD": bool(threshold), "MASK": bool(mask)}
             name = f"threshold_adam/{str(dtype)[6:]}/{kind}"
             yield name, ta.threshold_adam_kernel, arguments, {**options, **flags}
+
+
+def group_thresholds() -> Iterator[Case]:
+    from sparsemtl.kernels import group_threshold as gt
+
+    for dtype, triton_type in gt.TYPES.items():
+        for rows, columns in ((64, 128), (64, 64), (32, 32), (8, 1), (3, 5), (1, 512 * 9)):
+            shape = gt.launch_shape(rows, columns)
+            options = {"ROWS": rows, "DTYPE": triton_type, **shape}
+            name = f"{str(dtype)[6:]}/{rows}x{columns}"
+            given: list[object] = [I64, I64, I64, F32]
+            forward, backward = gt.group_threshold_fwd_kernel, gt.group_threshold_bwd_kernel
+            yield f"group_threshold_fwd/{name}", forward, [*given], {**options, "COLS": columns}
+            yield (
+                f"group_threshold_bwd/{name}",
+                backward,
+                [*given, F32],
+                {**options, "COLS": columns},
+            )
 
 
 def precisions() -> Iterator[tuple[torch.dtype, str, str]]:

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import device_table
+
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -149,4 +151,4 @@ def block_table(
 
 
 def _addresses(groups: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
-    return torch.tensor([[t.data_ptr() for t in tensors] for tensors in groups], device=device)
+    return device_table(tuple(tuple(t.data_ptr() for t in ts) for ts in groups), device)

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import device_table
+
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -103,9 +105,9 @@ def threshold_adam(
     if len(block_owners) == 0:
         return
     columns = [*state, values or weights, masks or weights]
-    addresses = torch.tensor([[t.data_ptr() for t in ts] for ts in columns], device=device)
+    addresses = device_table(tuple(tuple(t.data_ptr() for t in ts) for ts in columns), device)
     numbers = torch.tensor(rules, dtype=torch.float32, device=device)
-    places = torch.tensor([list(rule_of), list(owners) or [0] * n], device=device)
+    places = device_table((tuple(rule_of), tuple(owners) or (0,) * n), device)
     threshold_adam_kernel[(len(block_owners),)](
         *(addresses, sizes, block_owners, starts, numbers, places),
         *(numbers if alpha is None else alpha.float(), block_owners if live is None else live, n),

@@ -21,6 +21,7 @@ from sparsemtl.sparsity.finalize import finalize
 from sparsemtl.sparsity.mask import check_sparsity
 from sparsemtl.sparsity.sparsify import GROUPINGS, Sparsity, sparsify
 from sparsemtl.sparsity.split import SPLITS, JointSplit, pruning_slopes
+from sparsemtl.sparsity.structure import parse_structure
 
 SHORTEST = 100  # steps of a ramp below which thresholds travel less
 
@@ -32,12 +33,19 @@ class AdapMTLConfig:
     sparsity: float = 0.9  # fraction of zeros over all components, met exactly
     grouping: str = "component"  # who shares a threshold: component, one, two, layer (STR)
     theta_init: float = -20.0  # θ before training; the released code's default is -30.5
+    structure: str = "element"  # what lives or dies together: see sparsity/structure.py
     split: str = "joint"  # how differences are learned: "joint" (split.py), "adam" (paper)
     travel: float = 2.0  # joint: how far a θ may move apart over the ramp, in units of log α
     controller: ControllerConfig = field(default_factory=ControllerConfig)
 
     def __post_init__(self) -> None:
         check_sparsity(type(self).__name__, "sparsity", self.sparsity)
+        n_of_m = parse_structure(self.structure).n_of_m
+        if n_of_m is not None and self.sparsity < 1.0 - n_of_m[0] / n_of_m[1]:
+            raise ValueError(
+                f"AdapMTLConfig: Expected sparsity ≥ {1.0 - n_of_m[0] / n_of_m[1]:g} with "
+                f"{self.structure}, got {self.sparsity}"
+            )
         for name, value, choices in (
             ("grouping", self.grouping, GROUPINGS),
             ("split", self.split, SPLITS),
@@ -66,7 +74,13 @@ class AdapMTL(Method):
 
     def prepare(self, model: nn.Module, steps: int, batches: Iterable[Any] = ()) -> None:
         config = self.config
-        sparsify(model, self.component_map, grouping=config.grouping, theta_init=config.theta_init)
+        sparsify(
+            model,
+            self.component_map,
+            grouping=config.grouping,
+            theta_init=config.theta_init,
+            structure=config.structure,
+        )
         self.sparsity = _sparsity_of(model)
         self.controller = Controller(config.controller, self.sparsity, config.sparsity, steps)
         self.joint = config.split == "joint" and config.controller.control == "exact"

@@ -12,6 +12,12 @@ from sparsemtl.ops.dispatch import (
     all_ops,
     use_backend,
 )
+from sparsemtl.ops.group_threshold import (
+    GROUP_THRESHOLD,
+    group_threshold,
+    group_threshold_component,
+    group_threshold_reference,
+)
 from sparsemtl.ops.pattern import Pattern, pack_pattern
 from sparsemtl.ops.soft_threshold import (
     SOFT_THRESHOLD,
@@ -37,6 +43,7 @@ from sparsemtl.ops.threshold_adam import (
 )
 
 __all__ = [
+    "GROUP_THRESHOLD",
     "SOFT_THRESHOLD",
     "SOFT_THRESHOLD_STATS",
     "SPARSE_CONV2D",
@@ -49,6 +56,9 @@ __all__ = [
     "Reasons",
     "ThresholdStats",
     "all_ops",
+    "group_threshold",
+    "group_threshold_component",
+    "group_threshold_reference",
     "pack_linear",
     "pack_pattern",
     "ready_values",

@@ -7,9 +7,7 @@ most of a GPU idle at small batches. Inputs, weights, biases and dilations may d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from sparsemtl.ops.block_pattern import BlockPattern
@@ -47,6 +45,7 @@ def conv_branches(
     returns:    n tensors [B, K, OH, OW], channels_last
     raises:     ValueError where the branches differ otherwise, or memory is not aligned
     """
+    from sparsemtl.kernels import device_table
     from sparsemtl.kernels.sparse_conv2d import Lists, Tiling, sparse_conv2d_grouped
 
     _check(xs, weights, blocks, geometries, biases, residuals)
@@ -87,26 +86,6 @@ def conv_branches(
         precision(),
     )
     return ys
-
-
-def device_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """The rows as int64 on the device, through pinned memory, so that a CUDA graph can hold it."""
-    found, pinned = _tables(rows, device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured[id(found)] = (found, pinned)  # a replay reads them whenever it comes
-    return found
-
-
-@lru_cache(maxsize=512)  # addresses repeat from step to step, as the allocator reuses memory
-def _tables(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    table = torch.tensor(rows, dtype=torch.int64)
-    if device.type != "cuda":
-        return table, table
-    pinned = table.pin_memory()
-    return pinned.to(device, non_blocking=True), pinned
-
-
-_captured: dict[int, tuple[Tensor, Tensor]] = {}
 
 
 def _check(

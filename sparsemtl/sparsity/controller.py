@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsemtl.sparsity.mask import check_sparsity, kept_count, top_masks
+from sparsemtl.sparsity.mask import check_sparsity, kept_count
 from sparsemtl.sparsity.sparsify import Sparsity
 from sparsemtl.sparsity.stats import MagnitudeHistogram, count_dead, overall_sparsity
 
@@ -105,7 +105,10 @@ class Controller:
         """Of each group's weights after this step, made once a step."""
         if self._histograms is None or self._histograms[0] != step:
             groups = range(len(self.sparsity.groups))
-            found = [MagnitudeHistogram.of(self.sparsity.weights(g)) for g in groups]
+            found = [
+                MagnitudeHistogram.of(self.sparsity.weights(g), structure=self.sparsity.structure)
+                for g in groups
+            ]
             self._histograms = (step, found)
         return self._histograms[1]
 
@@ -186,30 +189,45 @@ def freeze_exactly(sparsity: Sparsity, target: float, floor: float = 0.0) -> Non
         alpha = torch.sigmoid(sparsity.theta.double()).clamp_min(1e-300)
         alpha = alpha / alpha.max()  # only ratios matter; near 1, float32 scores keep their range
         scores = [
-            [w.detach().abs().float() / alpha[g].item() for w in sparsity.weights(g)]
+            [
+                sparsity.structure.magnitudes(w).float() / alpha[g].item()
+                for w in sparsity.weights(g)
+            ]
             for g in groups
         ]
-        sizes = [sum(s.numel() for s in group) for group in scores]
+        shapes = [[tuple(w.shape) for w in sparsity.weights(g)] for g in groups]
+        sizes = [sum(w.numel() for w in sparsity.weights(g)) for g in groups]
         kept = kept_count(sum(sizes), target)
         least = [int(floor * kept * size / sum(sizes)) for size in sizes]
-        masks, cuts = split_masks(scores, kept, least)
+
+        def top(chosen: list[int], budget: int) -> tuple[list[list[Tensor]], float]:
+            return sparsity.structure.masks_of_groups(
+                [scores[g] for g in chosen], [shapes[g] for g in chosen], budget
+            )
+
+        masks, cuts = split_masks(top, len(scores), kept, least)
         # A hair below the cut, so that rounding leaves no survivor at exactly 0, ties included.
         final = alpha.cpu() * torch.tensor(cuts, dtype=torch.float64) * (1.0 - 1e-6)
     sparsity.freeze(masks, final.float().to(sparsity.theta.device))
 
 
 def split_masks(
-    scores: list[list[Tensor]], kept: int, least: list[int]
+    top: Callable[[list[int], int], tuple[list[list[Tensor]], float]],
+    groups: int,
+    kept: int,
+    least: list[int],
 ) -> tuple[list[list[Tensor]], list[float]]:
-    """Masks that keep exactly `kept` scores, and of group g at least `least[g]`.
+    """Masks that keep `kept` weights, and of group g at least `least[g]`, as the structure allows.
 
+    top:     groups and how many of their weights to keep → masks of the best, largest left out
     returns: the masks, and per group the largest score that was left out
     """
     held: dict[int, tuple[list[Tensor], float]] = {}  # groups that stop at their least
     while True:
-        free = [g for g in range(len(scores)) if g not in held]
-        budget = kept - sum(least[g] for g in held)
-        masks, cut = top_masks([scores[g] for g in free], budget)
+        free = [g for g in range(groups) if g not in held]
+        # Whole groups of weights may hold a little less than their least.
+        budget = kept - sum(int(m.sum()) for masks, _ in held.values() for m in masks)
+        masks, cut = top(free, budget)
         short = [
             g
             for g, group in zip(free, masks, strict=True)
@@ -218,18 +236,22 @@ def split_masks(
         if not short:
             break
         for g in short:
-            own, own_cut = top_masks([scores[g]], least[g])
+            own, own_cut = top([g], least[g])
             held[g] = (own[0], own_cut)
     held |= {g: (group, cut) for g, group in zip(free, masks, strict=True)}
-    return [held[g][0] for g in range(len(scores))], [held[g][1] for g in range(len(scores))]
+    return [held[g][0] for g in range(groups)], [held[g][1] for g in range(groups)]
 
 
 def freeze_survivors(sparsity: Sparsity) -> None:
     """Fix the mask at whatever is alive now (the paper's way: control="free")."""
+    structure = sparsity.structure
     with torch.no_grad():
         alpha = torch.sigmoid(sparsity.theta)
         masks = [
-            [~(w.detach().abs() <= alpha[g]) for w in sparsity.weights(g)]
+            [
+                structure.expand(~(structure.magnitudes(w) <= alpha[g]), w.shape)
+                for w in sparsity.weights(g)
+            ]
             for g in range(len(sparsity.groups))
         ]
     sparsity.freeze(masks, alpha.detach().clone())

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from sparsemtl.models.component import Component, find_components, merge_components
+from sparsemtl.ops.group_threshold import group_threshold_component
 from sparsemtl.ops.masking import mask_weight
 from sparsemtl.ops.pattern import Pattern, pack_pattern
-from sparsemtl.ops.soft_threshold import soft_threshold, soft_threshold_component
+from sparsemtl.ops.soft_threshold import soft_threshold_component
 from sparsemtl.ops.sparse_conv2d_plan import Geometry
 from sparsemtl.ops.threshold_adam import ready_values
 from sparsemtl.sparsity.choice import ChosenConv2d, choose, dense_forward
 from sparsemtl.sparsity.layers import DENSE_LAYERS, SPARSE_LAYERS, SparseLayer, unique_layers
 from sparsemtl.sparsity.ready import ReadyValues
+from sparsemtl.sparsity.structure import ELEMENT, Structure, n_of_m_mask, parse_structure
 
 IDLE_THETA = -14.0  # α = 8e-7: below it next to nothing is dead, and nobody needs to count
 GROUPINGS = ("component", "one", "two", "layer")
@@ -96,9 +98,14 @@ class Sparsity(nn.Module):
     open = False  # layers compute with W as it is: dense phases, gradients of pruned weights
 
     def __init__(
-        self, components: Mapping[str, Component], groups: Mapping[str, Component], theta: float
+        self,
+        components: Mapping[str, Component],
+        groups: Mapping[str, Component],
+        theta: float,
+        structure: Structure = ELEMENT,
     ) -> None:
         super().__init__()
+        self.structure = structure  # what a threshold shrinks: single weights, or groups of them
         self.components = dict(components)
         self.groups = dict(groups)
         self.theta = nn.Parameter(torch.full((len(self.groups),), float(theta)))
@@ -130,14 +137,26 @@ class Sparsity(nn.Module):
             return self._values[group][place]
         if self.masks is not None:
             return mask_weight(weight, self.masks[group][place])
-        return soft_threshold(weight, torch.sigmoid(self.theta[group]))
+        return self._shrink([weight], torch.sigmoid(self.theta[group]))[0]
+
+    def _shrink(self, weights: Sequence[Tensor], alpha: Tensor) -> Sequence[Tensor]:
+        """S(W, α) in the model's structure."""
+        if self.structure.grouped:
+            return group_threshold_component(weights, alpha, self.structure.tile)
+        if self.structure.n_of_m is not None:
+            weights = [
+                torch.where(n_of_m_mask(w.detach().abs(), *self.structure.n_of_m), w, 0.0)
+                for w in weights
+            ]
+        return soft_threshold_component(weights, alpha)
 
     def dead_count(self, group: int, place: int) -> int:
         """How many weights of one layer are dead now."""
         weight = self.weights(group)[place]
         if self.masks is not None:
             return weight.numel() - int(self.masks[group][place].sum())
-        return int((weight.detach().abs() <= torch.sigmoid(self.theta[group])).sum())
+        dead = self.structure.magnitudes(weight) <= torch.sigmoid(self.theta.detach()[group])
+        return int((self.structure.sizes(weight.shape).to(dead.device) * dead).sum())
 
     def compute_values(self) -> None:
         """Threshold every group whose values are not ready, and keep all until `drop_values`."""
@@ -148,6 +167,8 @@ class Sparsity(nn.Module):
 
     def _group_values(self, group: int, alpha: Tensor) -> Sequence[Tensor]:
         weights = self.weights(group)
+        if self.structure != ELEMENT:
+            return self._shrink(weights, alpha)
         ready = self.ready.find(group, weights, self.theta)
         if ready is None or not all(map(_same_type, ready.values, weights)):
             return soft_threshold_component(weights, alpha)
@@ -165,13 +186,21 @@ class Sparsity(nn.Module):
         with torch.no_grad():
             for g, group_masks in enumerate(masks):
                 for weight, mask in zip(self.weights(g), group_masks, strict=True):
-                    shrunk = weight.abs().sub_(alpha[g].to(weight)).clamp_(min=0.0)
-                    shrunk = torch.copysign(shrunk, weight)
+                    shrunk = self._shrunk(weight, alpha[g].to(weight))
                     weight.copy_(torch.where(mask, shrunk, shrunk.new_zeros(())))
         self.masks = self._laid_out(masks)
         self.ready.clear()
         self.theta.requires_grad_(False)
         self.theta.grad = None
+
+    def _shrunk(self, weight: Tensor, alpha: Tensor) -> Tensor:
+        """W moved towards zero by α, whether alive or not: a mask decides about that."""
+        if self.structure.grouped:
+            magnitude = self.structure.magnitudes(weight).to(weight.dtype)
+            scale = (1.0 - alpha / magnitude).clamp_(min=0.0)
+            scale = torch.where(magnitude == 0.0, 0.0, scale)  # its weights are all 0
+            return weight * self.structure.expand(scale, weight.shape)
+        return torch.copysign(weight.abs().sub_(alpha).clamp_(min=0.0), weight)
 
     def fix_masks(self, masks: list[list[Tensor]], *, keep_dormant: bool = False) -> None:
         """Prune by these masks from now on; masks that were fixed before may be replaced.
@@ -266,6 +295,7 @@ def sparsify(
     *,
     grouping: str = "component",
     theta_init: float = -20.0,
+    structure: str | Structure = ELEMENT,
 ) -> nn.Module:
     """Give `model` learnable soft thresholds, in place; returns the model.
 
@@ -274,8 +304,10 @@ def sparsify(
     grouping:   who shares a threshold: "component" (AdapMTL), "one" (all), "two" (backbone, heads),
                 "layer" (STR).
     theta_init: θ of every group before training; −20 in the paper (α = 2e-9).
-    raises:     ValueError if already sparsified, or for an unknown grouping or component;
-                TypeError for a layer that is neither nn.Conv2d nor nn.Linear itself.
+    structure:  what lives or dies together: "element" (the paper), "vector(V)", "block(BO, BI)",
+                "channel" or "N:M"; a group is alive if its root mean square is above α.
+    raises:     ValueError if already sparsified, or for an unknown grouping, structure or
+                component; TypeError for a layer that is neither nn.Conv2d nor nn.Linear itself.
     source:     AdapMTL, Eq. 2.
     """
     taken = getattr(model, "sparsity", None)
@@ -288,6 +320,7 @@ def sparsify(
         raise ValueError(f"sparsify: Expected a model without an attribute `sparsity`, got {got}")
     if grouping not in GROUPINGS:
         raise ValueError(f"sparsify: Expected grouping in {list(GROUPINGS)}, got {grouping!r}")
+    structure = parse_structure(structure)
     if not math.isfinite(theta_init):
         raise ValueError(f"sparsify: Expected theta_init to be finite, got {theta_init}")
     found = find_components(model, components)
@@ -299,7 +332,7 @@ def sparsify(
                     f"sparsify: Expected nn.Conv2d or nn.Linear in component {component.name!r}, "
                     f"got {type(module).__name__} at {layer!r}"
                 )
-    sparsity = Sparsity(found, groups, theta_init)
+    sparsity = Sparsity(found, groups, theta_init, structure)
     device = next(iter(next(iter(found.values())).weights)).device
     sparsity.to(device)
     for g, group in enumerate(groups.values()):

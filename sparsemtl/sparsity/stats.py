@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparsemtl.models.component import Component
 from sparsemtl.sparsity.layers import SparseLayer, unique_layers
 from sparsemtl.sparsity.sparsify import Sparsity
+from sparsemtl.sparsity.structure import ELEMENT, Structure
 
 SHIFT = 15  # keeps a float's exponent and 8 bits of its mantissa: bins 0.4 % wide
 BINS = 0x7F800000 >> SHIFT
@@ -25,8 +26,15 @@ class MagnitudeHistogram:
     numel: int
 
     @classmethod
-    def of(cls, weights: Sequence[Tensor], limit: int = 1 << 20) -> MagnitudeHistogram:
-        """Histogram of all the weights; above `limit` weights, of every n-th one, scaled up."""
+    def of(
+        cls, weights: Sequence[Tensor], limit: int = 1 << 20, structure: Structure = ELEMENT
+    ) -> MagnitudeHistogram:
+        """Histogram of all the weights; above `limit` weights, of every n-th one, scaled up.
+
+        With a structure, a weight counts with its group's magnitude, and none is left out.
+        """
+        if structure != ELEMENT:
+            return cls._of_groups(weights, structure)
         numel = sum(w.numel() for w in weights)
         stride = max(1, -(-numel // limit))
         counts = torch.zeros(BINS + 1, dtype=torch.float64)
@@ -38,6 +46,18 @@ class MagnitudeHistogram:
         cumulative = torch.zeros(BINS + 2, dtype=torch.float64)
         torch.cumsum(counts, 0, out=cumulative[1:])
         return cls(cumulative * (numel / max(1.0, float(cumulative[-1]))), numel)
+
+    @classmethod
+    def _of_groups(cls, weights: Sequence[Tensor], structure: Structure) -> MagnitudeHistogram:
+        counts = torch.zeros(BINS + 1, dtype=torch.float64)
+        for weight in weights:
+            magnitudes = structure.magnitudes(weight).reshape(-1).float()
+            bits = (magnitudes.view(torch.int32) & 0x7FFFFFFF) >> SHIFT
+            sizes = structure.sizes(weight.shape).reshape(-1).to(bits.device, torch.float64)
+            counts += torch.bincount(bits.clamp_max_(BINS), sizes, BINS + 1).cpu()
+        cumulative = torch.zeros(BINS + 2, dtype=torch.float64)
+        torch.cumsum(counts, 0, out=cumulative[1:])
+        return cls(cumulative, sum(w.numel() for w in weights))
 
     def count_below(self, alpha: float) -> float:
         """About how many weights have |w| ≤ α (linear within a bin)."""

@@ -15,6 +15,7 @@ from sparsemtl.ops.soft_threshold import ThresholdStats
 from sparsemtl.ops.threshold_adam import AdamRule, threshold_adam
 from sparsemtl.sparsity.ready import ReadyGroup
 from sparsemtl.sparsity.sparsify import Sparsity
+from sparsemtl.sparsity.structure import ELEMENT
 
 VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WHO = "ThresholdAdam"
@@ -145,7 +146,7 @@ class ThresholdAdam(Optimizer):
     def _thresholds(self) -> dict[int, int]:
         """id of a weight → the group whose θ shrinks it; empty where none does."""
         sparsity = self._sparsity
-        if sparsity is None or sparsity.frozen:
+        if sparsity is None or sparsity.frozen or sparsity.structure != ELEMENT:
             self._written.clear()
             return {}
         return {id(w): g for g in range(len(sparsity.groups)) for w in sparsity.weights(g)}
