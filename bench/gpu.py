@@ -1,59 +1,176 @@
 """GPU correctness and benches where there is a GPU: `make gpu`, in under nine minutes.
 
-Runs tests/ops on the device, where a CUDA backend that is skipped fails, then the op benches,
-and writes one JSON with the machine line. Exit status 2 and one line where there is no GPU.
+    python -m bench.gpu [--plan] [--limit SECONDS] [--only NAME ...] [--out FOLDER]
+
+First the gate: every op against torch on the device, then tests/ops where pytest and hypothesis are
+installed, then the CUDA kernels under compute-sanitizer where it is. Then the sections of
+bench/gpu_sections.py, each in a process of its own. gpu.json, gpu.md and gpu.png are written anew
+after each, so that whatever ends a run leaves what it had. What cannot run says why.
+
+Exit status: 0 passed, 1 failed, 2 and one line where there is no GPU. --plan lists the cases with
+their floors, on any machine.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 
+from bench.gpu_report import write
+from bench.gpu_sections import SECTIONS, plan
 from bench.machine import RESULTS, machine, text
 
-TEST_LIMIT, BENCH_LIMIT = 300, 180  # seconds, together under nine minutes
+LIMIT = 525  # seconds of the whole run, under nine minutes
+# Seconds that a part may take at most; what one leaves, the next ones have.
+LIMITS = {
+    "build": 90, "gate": 90, "tests": 120, "sanitizer": 40,
+    "roofs": 20, "G1": 25, "G2": 70, "G3": 90, "G6": 150, "G5": 90,
+}  # fmt: skip
 
 
-def run(command: list[str], limit: int, **variables: str) -> tuple[int, str]:
-    """Exit status and output of a child; a child that takes too long counts as failed."""
-    environment = {**os.environ, **variables}
-    try:
-        done = subprocess.run(
-            command, env=environment, timeout=limit, stdout=subprocess.PIPE, text=True
-        )
-    except subprocess.TimeoutExpired:
-        return 124, f"stopped after {limit} s"
-    return done.returncode, done.stdout
+class Run:
+    """One run: what it found so far, and the time it has left."""
+
+    def __init__(self, limit: float, out: Path) -> None:
+        self.begin, self.limit, self.out = time.perf_counter(), limit, out
+        self.result: dict[str, object] = {"machine": machine(), "parts": {}, "rows": {}}
+
+    @property
+    def left(self) -> float:
+        return self.limit - (time.perf_counter() - self.begin)
+
+    def call(self, name: str, command: list[str], **variables: str) -> tuple[str, str]:
+        """Run a part in a child: its state, "passed", "failed" or "stopped", and its output."""
+        seconds = min(LIMITS[name], self.left)
+        if seconds < 5:
+            return self.note(name, "skipped", f"no time left of {self.limit:.0f} s"), ""
+        environment = {**os.environ, "TRITON_INTERPRET": "0", **variables}
+        try:
+            done = subprocess.run(
+                command, env=environment, timeout=seconds, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            output = error.stdout or b""
+            shown = output.decode(errors="replace") if isinstance(output, bytes) else output
+            return self.note(name, "stopped", f"after {seconds:.0f} s"), shown
+        last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+        state = "passed" if done.returncode == 0 else "failed"
+        return self.note(name, state, last), done.stdout
+
+    def note(self, name: str, state: str, reason: str) -> str:
+        spent = time.perf_counter() - self.begin
+        parts = self.result["parts"]
+        assert isinstance(parts, dict)
+        parts[name] = {"state": state, "reason": reason[:300], "at": round(spent, 1)}
+        print(f"gpu: {name} {state} at {spent:.0f} s: {reason[:160]}", flush=True)
+        self.save()
+        return state
+
+    def save(self) -> None:
+        write(self.result, self.out)
+
+
+def build(run: Run) -> None:
+    """Build the native module where it is missing and can be built."""
+    if importlib.util.find_spec("sparsemtl._C") is not None:
+        return
+    if importlib.util.find_spec("pybind11") is None or shutil.which("g++") is None:
+        run.note("build", "skipped", "sparsemtl._C is not built, and pybind11 or g++ is missing")
+        return
+    run.call("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"])
+
+
+def gate(run: Run) -> bool:
+    """Whether every op agrees with torch on this device."""
+    state, output = run.call("gate", [sys.executable, "-m", "bench.gpu_gate"])
+    if state != "passed":
+        print(output)
+        return False
+    missing = [m for m in ("pytest", "hypothesis") if importlib.util.find_spec(m) is None]
+    if missing:
+        run.note("tests", "skipped", f"not installed: {', '.join(missing)}")
+        return True
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "bench", "tests/ops"]
+    state, output = run.call("tests", tests, SPARSEMTL_TEST_DEVICE="cuda")
+    if state == "failed":
+        print(output[-4000:])
+    return state != "failed"
+
+
+def sanitize(run: Run) -> bool:
+    """Memory and race checks of the CUDA C++ kernels, on short cases."""
+    from sparsemtl.ops.availability import why_not_cuda
+
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not os.access(tool, os.X_OK):
+        run.note("sanitizer", "skipped", "compute-sanitizer was not found")
+        return True
+    if why_not_cuda() is not None:
+        run.note("sanitizer", "skipped", str(why_not_cuda()))
+        return True
+    for check in ("memcheck", "racecheck"):
+        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable]
+        state, output = run.call("sanitizer", [*command, "-m", "bench.gpu_gate", "--cuda-only"])
+        if state == "failed":
+            print(output[-4000:])
+            return False
+    return True
+
+
+def sections(run: Run, names: list[str]) -> bool:
+    passed = True
+    rows = run.result["rows"]
+    assert isinstance(rows, dict)
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder, "rows.json")
+            command = [sys.executable, "-m", "bench.gpu_sections", name, "--out", str(out)]
+            state, output = run.call(name, command)
+            if out.exists():  # also of a section that was stopped
+                rows[name] = json.loads(out.read_text())["rows"]
+                run.save()
+            if state == "failed":
+                passed = False
+                print(output[-2000:])
+    return passed
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plan", action="store_true", help="list the cases and their floors")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of the whole run")
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if args.plan:
+        print("floors of an H200, assumed 4.3 TB/s and 790 TFLOP/s in bfloat16; not measured")
+        for name, floor in plan():
+            print(f"{name:<52} {floor:9.3f} ms")
+        return 0
     if not torch.cuda.is_available():
         print("gpu: torch sees no CUDA device here, nothing was run")
         return 2
-    begin, line = time.perf_counter(), machine()
-    print(text(line), flush=True)
-    tests = [sys.executable, "-m", "pytest", "-q", "tests/ops"]
-    status, output = run(tests, TEST_LIMIT, SPARSEMTL_TEST_DEVICE="cuda", TRITON_INTERPRET="0")
-    print(output)
-    result: dict[str, object] = {"machine": line, "tests": output.strip().splitlines()[-1:]}
-    if status == 0:  # no number on a red gate
-        out = RESULTS / "soft_threshold_cuda.json"
-        bench = [sys.executable, "-m", "bench.bench_soft_threshold", "--device", "cuda"]
-        status, output = run([*bench, "--rounds", "50", "--out", str(out)], BENCH_LIMIT)
-        print(output)
-        if out.exists():
-            result["soft_threshold"] = json.loads(out.read_text())["cases"]
-            out.unlink()
-    result["status"], result["seconds"] = status, round(time.perf_counter() - begin, 1)
-    path = RESULTS / "gpu.json"
-    path.write_text(json.dumps(result, indent=1))
-    print(f"gpu: {'passed' if status == 0 else 'FAILED'}, wrote {path}")
-    return 0 if status == 0 else 1
+    run = Run(args.limit, args.out)
+    print(text(machine()), flush=True)
+    build(run)
+    passed = gate(run) and sanitize(run)  # no number on a red gate
+    passed = passed and sections(run, args.only)
+    run.result["passed"] = passed
+    run.result["seconds"] = round(time.perf_counter() - run.begin, 1)
+    run.save()
+    print(f"gpu: {'passed' if passed else 'FAILED'}, wrote {args.out / 'gpu.json'}")
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
