@@ -43,15 +43,15 @@ ROUNDS, BUDGET = 5, 2.0  # timed rounds, and seconds after which no further roun
 
 @dataclass(frozen=True)
 class PassChoice:
-    """Which passes of a convolution run sparse."""
+    """Which passes of a convolution run sparse; on a GPU, by which candidate of choice_gpu.py."""
 
-    forward: bool = False
-    input_grad: bool = False
-    weight_grad: bool = False
+    forward: bool | str = False
+    input_grad: bool | str = False
+    weight_grad: bool | str = False
 
     @property
     def any(self) -> bool:
-        return self.forward or self.input_grad or self.weight_grad
+        return bool(self.forward or self.input_grad or self.weight_grad)
 
 
 DENSE = PassChoice()

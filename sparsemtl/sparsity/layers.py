@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsemtl.models.component import Component
+from sparsemtl.ops.availability import INTERPRETING
 from sparsemtl.ops.dispatch import through_torch
 from sparsemtl.ops.sparse_conv2d import SPARSE_CONV2D
 from sparsemtl.ops.sparse_conv2d_plan import Geometry
@@ -37,6 +38,11 @@ class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[misc]  # weight: the
 
     def forward(self, input: Tensor) -> Tensor:
         slot = self.slot
+        plain = isinstance(self.padding, tuple) and self.padding_mode == "zeros"
+        if slot is not None and plain and (INTERPRETING or not input.is_cpu):
+            y = slot.convolve_on_gpu(input, self.effective_weight(), self.bias, self._geometry())
+            if y is not None:
+                return y
         if slot is not None and slot.sparse_kernels and self._sparse_fits(input):
             return slot.convolve(input, self.weight, self.bias, self._geometry())
         return self._conv_forward(input, self.effective_weight(), self.bias)

@@ -21,6 +21,7 @@ from sparsemtl.ops.pattern import Pattern, pack_pattern
 from sparsemtl.ops.soft_threshold import soft_threshold_component
 from sparsemtl.ops.sparse_conv2d_plan import Geometry
 from sparsemtl.ops.threshold_adam import ready_values
+from sparsemtl.sparsity import choice_gpu
 from sparsemtl.sparsity.choice import ChosenConv2d, choose, dense_forward
 from sparsemtl.sparsity.layers import DENSE_LAYERS, SPARSE_LAYERS, SparseLayer, unique_layers
 from sparsemtl.sparsity.ready import ReadyValues
@@ -39,6 +40,8 @@ class Slot:
     place: int
     pattern: Pattern | None = field(default=None, compare=False)  # of the last effective weight
     packed: tuple[Tensor, int] | None = field(default=None, compare=False)  # its mask, and version
+    gpu: choice_gpu.GpuLayer | None = field(default=None, compare=False)
+    kept: Tensor | None = field(default=None, compare=False)  # the mask that `gpu` was made for
 
     def effective_weight(self, weight: Tensor) -> Tensor:
         return self.sparsity.effective_weight(self.group, self.place, weight)
@@ -81,8 +84,29 @@ class Slot:
             pattern.update(weight)
         return pattern
 
+    def convolve_on_gpu(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry
+    ) -> Tensor | None:
+        """The same by the GPU's kernels; None where they cannot run or were not asked for."""
+        if not self.sparsity.sparse_kernels or self.sparsity.open:
+            return None
+        shrunk, kind = weight, x.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        if choice_gpu.why_not_on_gpu(x, weight, g) is not None:
+            return None
+        masks = self.sparsity.masks
+        keep = None if masks is None else masks[self.group][self.place]
+        if self.gpu is None or self.kept is not keep or self.gpu.whole.device != x.device:
+            self.gpu = choice_gpu.make_layer(shrunk, g.groups, self.sparsity.structure, keep)
+            self.kept = keep
+        return choice_gpu.convolve(self.gpu, x, weight, bias, g)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pattern": None, "packed": None}  # packed anew from the weight
+        # Packed anew from the weight.
+        return {**self.__dict__, "pattern": None, "packed": None, "gpu": None, "kept": None}
 
 
 class Sparsity(nn.Module):
