@@ -1,4 +1,4 @@
-"""Compile every Triton kernel ahead of time for sm_80 and sm_90, without a GPU.
+"""Compile every Triton and CUDA kernel ahead of time for sm_80 and sm_90, without a GPU.
 
     python -m bench.aot [--out bench/results/aot.json]
 
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from bench.aot_cases import cases
+from bench.aot_cuda import cuda_rows, find_nvcc
 from bench.machine import RESULTS, machine
 
 TARGETS = (80, 90)
@@ -61,9 +62,7 @@ def compile_one(kernel, arguments: list[object], options: dict[str, object]) -> 
 
 def resources(cubin: bytes) -> dict[str, int]:
     """Registers and bytes of static shared and local memory, local or stack being spills."""
-    import triton.backends.nvidia as nvidia
-
-    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    tool = cuobjdump()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -71,6 +70,13 @@ def resources(cubin: bytes) -> dict[str, int]:
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = dict(re.findall(r"\b(REG|SHARED|LOCAL|STACK):(\d+)", output))
     return {key.lower(): int(found[key]) for key in ("REG", "SHARED", "LOCAL", "STACK")}
+
+
+def cuobjdump() -> str:
+    """The tool in the triton package."""
+    import triton.backends.nvidia as nvidia
+
+    return str(Path(nvidia.__file__).parent / "bin" / "cuobjdump")
 
 
 def main() -> int:
@@ -95,6 +101,14 @@ def main() -> int:
                 wrong.append(f"{name} spills on sm_{capability}: {row}")
             if row["shared"] > SHARED[capability]:
                 wrong.append(f"{name} has too much shared memory for sm_{capability}: {row}")
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("aot: nvcc was not found, so without the CUDA C++ kernels")
+    else:
+        for name, row in cuda_rows(nvcc, cuobjdump()).items():
+            rows[name] = row
+            if row["local"] or row["stack"]:
+                wrong.append(f"{name} spills: {row}")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with open(args.out, "w") as file:
         json.dump({"machine": machine(), "kernels": rows}, file, indent=1)

@@ -18,10 +18,12 @@ from torch.nn.functional import conv2d
 from sparsemtl.ops import (
     GROUP_THRESHOLD,
     SOFT_THRESHOLD,
+    SPARSE_CONV2D,
     THRESHOLD_ADAM,
     AdamRule,
     group_threshold_component,
     soft_threshold_component,
+    sparse_conv2d,
     threshold_adam,
     use_backend,
 )
@@ -128,6 +130,31 @@ def convolutions(device: torch.device) -> Iterator[Check]:
                 yield f"sparse_conv2d, {dtype}, rate {rate}, grouped", found, y
 
 
+def unstructured(device: torch.device) -> Iterator[Check]:
+    """The CUDA C++ convolution with single live weights, forward and backward."""
+    rng = torch.Generator().manual_seed(0)
+    for dtype in dtypes():
+        x = random((2, 70, 19, 19), device, dtype)
+        weight = random((130, 70, 3, 3), device, dtype, 1)
+        weight *= (torch.rand(weight.shape, generator=rng) < 0.05).to(device)
+        bias = random((130,), device, dtype, 3)
+        if SPARSE_CONV2D.explain(x, weight)["cuda"] is not None:
+            return
+        for options in ({"padding": 6, "dilation": 6}, {"padding": 1, "stride": 2}):
+            leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+            wide = [t.double().requires_grad_() for t in (x, weight, bias)]
+            with use_backend("cuda"):
+                y = sparse_conv2d(*leaves, **options)
+            expected = conv2d(*wide, **options)
+            grad = random(y.shape, device, dtype, 2)
+            found = torch.autograd.grad(y, leaves, grad)
+            grads = list(torch.autograd.grad(expected, wide, grad.double()))
+            grads[1] = grads[1] * (weight != 0)
+            name = f"sparse_conv2d on cuda, {dtype}, {options}"
+            for f, e in zip((y, *found), (expected, *grads), strict=True):
+                yield name, f, e
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
@@ -135,7 +162,7 @@ def main() -> int:
     args = parser.parse_args()
     device = torch.device(args.device)
     backends = ("cuda",) if args.cuda_only else ("triton", "cuda")
-    checks = [thresholds(device, backends), adam(device, backends)]
+    checks = [thresholds(device, backends), adam(device, backends), unstructured(device)]
     reason = why_not_triton(torch.empty(1, device=device))
     if reason is not None:
         print(f"gpu_gate: Triton is not used: {reason}")

@@ -221,6 +221,42 @@ def g3(s: Setting) -> Iterator[tuple[str, Row]]:
             yield name, conv_rows(s, s.batches[-1], rate, weight, block)
 
 
+def g4(s: Setting) -> Iterator[tuple[str, Row]]:
+    """Single live weights in CUDA C++, against cuDNN in bfloat16 and in exact float32."""
+    from sparsemtl.ops import SPARSE_CONV2D, pack_pattern, sparse_conv2d, use_backend
+
+    backend = "reference" if s.small else "cuda"
+    for density in (0.1,) if s.small else (0.1, 0.06, 0.04, 0.02, 0.01):
+        rng = torch.Generator().manual_seed(0)
+        weight = torch.randn(s.outputs, s.channels, 3, 3, generator=rng) / 50
+        weight *= torch.rand(weight.shape, generator=rng) < density
+        for rate in (6,) if s.small else (6, 18):
+            row: Row = {}
+            for dtype in (s.dtype,) if s.small else (torch.bfloat16, torch.float32):
+                w = weight.to(s.device, dtype)
+                x = images(s, s.batches[-1], s.channels).to(dtype)
+                flat = x.contiguous()
+                reason = SPARSE_CONV2D.explain(flat, w)[backend]
+                if reason is not None:
+                    yield "unstructured", {"ours": {"error": reason}}
+                    return
+                pattern = pack_pattern(w)
+                options = {"padding": rate, "dilation": rate}
+
+                def ours(flat=flat, w=w, pattern=pattern, options=options) -> Tensor:
+                    with use_backend(backend), torch.no_grad():
+                        return sparse_conv2d(flat, w, pattern=pattern, **options)
+
+                def dense(x=x, w=w, rate=rate) -> Tensor:
+                    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+                        return conv2d(x, w, None, 1, rate, rate)
+
+                agree(ours(), dense(), f"unstructured at {density:.0%}")
+                found = times({"ours": ours, "dense cudnn": dense}, s.device, s.budget / 2)
+                row[str(dtype)[6:]] = {**found, **_speedup(found)}
+            yield f"unstructured at {1 - density:.0%}, rate {rate}, b{s.batches[-1]}", row
+
+
 def g6(s: Setting) -> Iterator[tuple[str, Row]]:
     """A training step, blocks of 64 at 90 %, against the dense step eager and compiled."""
     from sparsemtl.sparsity.controller import freeze_exactly
@@ -321,7 +357,7 @@ def roofs(s: Setting) -> Iterator[tuple[str, Row]]:
 
 
 SECTIONS: dict[str, Callable[[Setting], Iterator[tuple[str, Row]]]] = {
-    "roofs": roofs, "G1": g1, "G2": g2, "G3": g3, "G6": g6, "G5": g5,
+    "roofs": roofs, "G1": g1, "G2": g2, "G3": g3, "G6": g6, "G4": g4, "G5": g5,
 }  # fmt: skip
 
 

@@ -21,6 +21,12 @@
 namespace py = pybind11;
 using namespace sparsemtl;
 
+#ifdef SPARSEMTL_CUDA
+namespace sparsemtl::cuda {
+void bind_cuda_ops(py::module_& m);  // cuda_module.cpp
+}
+#endif
+
 namespace sparsemtl::cpu {
 void bind_sparse_conv2d(py::module_& m);  // sparse_conv2d_module.cpp
 }
@@ -123,6 +129,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threads"), Unlocked());
 #ifdef SPARSEMTL_CUDA
   bind_cuda(m);
+  cuda::bind_cuda_ops(m);
   m.attr("HAS_CUDA") = true;
 #else
   m.attr("HAS_CUDA") = false;

@@ -48,7 +48,8 @@ def test_a_kernel_has_the_stem_of_an_op(folder):
     """Triton and CUDA files, and C++ bodies, are named after the op that they compute."""
     suffix = {"kernels": "*.py", "csrc/cpu": "*.inc.h", "csrc/cuda": "*.cu"}[folder]
     stems = {p.name.split(".")[0] for p in (ROOT / folder).glob(suffix)} - {"__init__"}
-    assert stems <= set(op_stems())
+    # pack_pattern makes the lists that sparse_conv2d walks, and has its test with the host kernels.
+    assert stems - {"pack_pattern"} <= set(op_stems())
 
 
 def test_only_ops_imports_the_kernels():

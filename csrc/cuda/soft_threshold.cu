@@ -1,10 +1,8 @@
 // Soft threshold on CUDA: all tensors of a component in as few launches as their table allows.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "check.h"
 #include "cuda/launch.h"
 #include "cuda/soft_threshold.h"
+#include "cuda/storage.h"
 
 namespace sparsemtl::cuda {
 namespace {
@@ -34,13 +32,6 @@ __device__ int tensor_of(const Table& table, int64_t block) {
   }
   return low;
 }
-
-__device__ float widen(float x) { return x; }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float widen(__half x) { return __half2float(x); }
-__device__ void narrow(float* p, float x) { *p = x; }
-__device__ void narrow(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
-__device__ void narrow(__half* p, float x) { *p = __float2half_rn(x); }
 
 // out = S(w)
 template <typename T>
@@ -123,18 +114,6 @@ int64_t for_each_table(const std::vector<uintptr_t>& weights, const std::vector<
   return done;
 }
 
-template <typename Body>
-void for_dtype(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return body(float());
-    case DType::kBfloat16:
-      return body(__nv_bfloat16());
-    case DType::kFloat16:
-      return body(__half());
-  }
-}
-
 }  // namespace
 
 void soft_threshold_forward(DType dtype, const std::vector<uintptr_t>& weights,
@@ -147,8 +126,8 @@ void soft_threshold_forward(DType dtype, const std::vector<uintptr_t>& weights,
   const auto on = reinterpret_cast<cudaStream_t>(stream);
   for_dtype(dtype, [&](auto zero) {
     for_each_table(weights, sizes, {}, outs, [&](const Table& table, unsigned blocks, int64_t) {
-      forward_kernel<decltype(zero)><<<blocks, kThreads, 0, on>>>(table, a);
-      check_launch(who);
+      SPARSEMTL_LAUNCH(forward_kernel<decltype(zero)>, blocks, kThreads, on, table, a);
+      check_launch(who, list_arguments("blocks", blocks, "tensors", table.tensors));
     });
   });
 }
@@ -167,13 +146,15 @@ void soft_threshold_backward(DType dtype, const std::vector<uintptr_t>& weights,
   int64_t chunks = 0;
   for_dtype(dtype, [&](auto zero) {
     const auto launch = [&](const Table& table, unsigned blocks, int64_t done) {
-      backward_kernel<decltype(zero)><<<blocks, kThreads, 0, on>>>(table, a, partials + done);
-      check_launch(who);
+      SPARSEMTL_LAUNCH(backward_kernel<decltype(zero)>, blocks, kThreads, on, table, a,
+                       partials + done);
+      check_launch(who, list_arguments("blocks", blocks, "tensors", table.tensors));
     };
     chunks = for_each_table(weights, sizes, grads, grad_weights, launch);
   });
-  reduce_kernel<<<1, kThreads, 0, on>>>(partials, chunks, reinterpret_cast<double*>(grad_alpha));
-  check_launch(who);
+  SPARSEMTL_LAUNCH(reduce_kernel, 1, kThreads, on, partials, chunks,
+                   reinterpret_cast<double*>(grad_alpha));
+  check_launch(who, list_arguments("chunks", chunks));
 }
 
 }  // namespace sparsemtl::cuda

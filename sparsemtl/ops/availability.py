@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ except ImportError as error:
 # Triton reads this once, when it is imported; so do we. In its interpreter kernels run on the CPU.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
+OLDEST_CAPABILITY = (8, 0)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/views.h
 
 
@@ -59,6 +61,17 @@ def why_not_on_gpu(tensor: Tensor | None) -> str | None:
         return "torch sees no CUDA device"
     if tensor is not None and tensor.dtype not in DTYPES:
         return f"weight is {tensor.dtype}, it takes float32, bfloat16 and float16"
+    return why_not_capability(None if tensor is None else tensor.device)
+
+
+@cache
+def why_not_capability(device: torch.device | None) -> str | None:
+    """Why a GPU is too old for the kernels: they are compiled for compute capability 8.0 on."""
+    found = torch.cuda.get_device_capability(device)
+    if found < OLDEST_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} has compute capability " + (
+            f"{found[0]}.{found[1]}, it needs {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"
+        )
     return None
 
 

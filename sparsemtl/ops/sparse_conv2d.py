@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsemtl.ops import sparse_conv2d_backends as backends
+from sparsemtl.ops import sparse_conv2d_cuda as in_cuda
 from sparsemtl.ops import sparse_conv2d_triton as on_gpu
 from sparsemtl.ops.availability import why_not_native
 from sparsemtl.ops.dispatch import Backend, Op, through_torch
@@ -310,6 +311,7 @@ SPARSE_CONV2D = Op(
     "sparse_conv2d",
     (
         Backend("triton", on_gpu.triton, on_gpu.triton_backward, on_gpu.why_not_here),
+        Backend("cuda", in_cuda.cuda, in_cuda.cuda_backward, in_cuda.why_not_here),
         Backend("native", backends.native, backends.native_backward, _why_not_native),
         Backend("reference", backends.reference, backends.reference_backward, _never),
     ),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsemtl.ops.availability import INTERPRETING, why_not_triton
+from sparsemtl.ops.availability import why_not_triton
 from sparsemtl.ops.block_pattern import BlockPattern, blocks_of
 from sparsemtl.ops.dispatch import BackendUnavailable, requested_backend
 from sparsemtl.ops.pattern import Pattern
@@ -113,14 +113,7 @@ def why_not_here(x: Tensor | None = None, weight: Tensor | None = None) -> str |
     if x.numel() == 0 or weight.numel() == 0:
         return "x or weight is empty"
     taps = weight.shape[2] * weight.shape[3]
-    if taps > MOST_TAPS:
-        return f"the kernel has {taps} taps, it takes up to {MOST_TAPS}"
-    if INTERPRETING:
-        return None
-    capability = torch.cuda.get_device_capability(weight.device)
-    if capability < (8, 0):
-        return f"compute capability {capability[0]}.{capability[1]}, it needs 8.0"
-    return None
+    return f"the kernel has {taps} taps, it takes up to {MOST_TAPS}" if taps > MOST_TAPS else None
 
 
 def why_not_geometry(x: Tensor, g: Geometry) -> str | None:

@@ -228,6 +228,7 @@ THRESHOLD_ADAM = Op(
     "threshold_adam",
     (
         Backend("triton", backends.triton, None, backends.why_not_triton_here),
+        Backend("cuda", backends.cuda, None, backends.why_not_cuda_here),
         Backend("native", backends.native, None, backends.why_not_native_here),
         Backend("reference", _reference, None, lambda *_: None),
     ),

@@ -13,6 +13,7 @@ from sparsemtl.ops.availability import (
     DTYPES,
     INTERPRETING,
     native_module,
+    why_not_cuda,
     why_not_native,
     why_not_triton,
 )
@@ -174,6 +175,52 @@ def triton(
     if live is not None:
         out.nonzeros.zero_().index_add_(0, tables[0], live)  # integers: exact in any order
     torch.autograd.graph.increment_version([*weights, *means, *squares, *out.values, *masks])
+
+
+# CUDA C++: csrc/cuda/threshold_adam.cu.
+
+
+def why_not_cuda_here(*args: Any) -> str | None:
+    """As `_why_not`, for the CUDA kernel, which takes few different rules."""
+    reason = _why_not(why_not_cuda, *args)
+    if reason is None and len(args) > 4:
+        most = native_module().THRESHOLD_ADAM_CUDA_RULES
+        if len(set(args[4])) > most:
+            return f"{len(set(args[4]))} different rules, it takes {most}"
+    return reason
+
+
+def cuda(
+    weights: Tensors,
+    grads: Tensors,
+    means: Tensors,
+    squares: Tensors,
+    rules: Sequence[AdamRule],
+    alpha: Tensor | None,
+    owners: Sequence[int],
+    out: ThresholdStats,
+) -> None:
+    grads = [laid_out_like(grad, weight) for grad, weight in zip(grads, weights, strict=True)]
+    values, masks, device = out.values, out.bitmasks or (), weights[0].device
+    alphas = None if alpha is None else alpha.float().contiguous()
+    with torch.cuda.device(device):
+        out.nonzeros.zero_()
+        native_module().threshold_adam_cuda(
+            _addresses(weights),
+            [weight.numel() for weight in weights],
+            _addresses(grads),
+            _addresses(means),
+            _addresses(squares),
+            *number_rules(rules),
+            DTYPES[values[0].dtype] if values else 0,
+            _addresses(values),
+            _addresses(masks),
+            list(owners),
+            0 if alphas is None else alphas.data_ptr(),
+            out.nonzeros.data_ptr(),
+            torch.cuda.current_stream(device).cuda_stream,
+        )
+    torch.autograd.graph.increment_version([*weights, *means, *squares, *values, *masks])
 
 
 def _addresses(tensors: Tensors) -> list[int]:

@@ -163,3 +163,17 @@ def test_all_ops_holds_ours():
     assert all_ops()["soft_threshold"] is SOFT_THRESHOLD
     all_ops().clear()
     assert "soft_threshold" in all_ops()
+
+
+def test_a_gpu_that_is_too_old_is_refused_by_name(monkeypatch):
+    from sparsemtl.ops import availability
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "An old GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    availability.why_not_capability.cache_clear()
+    try:
+        reason = availability.why_not_on_gpu(None)
+        assert reason == "An old GPU has compute capability 7.5, it needs 8.0"
+    finally:
+        availability.why_not_capability.cache_clear()
