@@ -1,7 +1,8 @@
 """Which kernel computes each pass of a convolution on a GPU: whichever was measured faster there.
 
-Candidates are cuDNN's dense convolution, the dense one that skips padding taps and, for blocks of
-at least 16x16, the block-sparse one, the last two with a few tiles each. A layer is measured once
+Candidates are cuDNN's dense convolution, the dense one that skips padding taps, for blocks of at
+least 16x16 the block-sparse one, and for fixed masks that leave few weights the one over single
+weights; the second and third with a few tiles each. A layer is measured once
 for each density bucket, on the tensors at hand; choices are kept where those of the CPU are
 (choice.py), so a resumed run decides as before. `SPARSEMTL_AUTOTUNE=0` leaves one tile of each.
 """
@@ -19,6 +20,10 @@ from torch import Tensor
 
 from sparsemtl.ops.block_pattern import BlockPattern
 from sparsemtl.ops.dispatch import requested_backend, through_torch
+from sparsemtl.ops.pattern import Pattern, pack_pattern
+from sparsemtl.ops.sparse_conv2d_cuda import cuda as single
+from sparsemtl.ops.sparse_conv2d_cuda import cuda_backward as single_backward
+from sparsemtl.ops.sparse_conv2d_cuda import why_not_here as why_not_single
 from sparsemtl.ops.sparse_conv2d_plan import Geometry
 from sparsemtl.ops.sparse_conv2d_triton import (
     Tile,
@@ -46,7 +51,9 @@ from sparsemtl.sparsity.structure import Structure
 from sparsemtl.timing import interleave
 
 EVERY = 100  # forward passes after which an open mask's density is looked at again
+NO_TILE = Tile(0, 0, 0)
 TILES = 3  # of each kind that are tried
+FEW = 0.05  # density below which the kernel over single weights is tried
 SMALLEST = 16  # sides of a block that the kernels walk
 
 
@@ -57,6 +64,7 @@ class GpuLayer:
     whole: BlockPattern
     blocks: BlockPattern | None
     fixed: bool
+    single: Pattern | None = None  # of a fixed mask that leaves few weights
     picked: PassChoice | None = None
     since: int = 0
     options: dict[str, Tile] = field(default_factory=dict)
@@ -99,7 +107,11 @@ def make_layer(weight: Tensor, groups: int, structure: Structure, mask: Tensor |
     tile, blocks = structure.tile, None
     if min(tile) >= SMALLEST:
         blocks = BlockPattern(weight if mask is None else mask, groups, (tile.rows, tile.columns))
-    return GpuLayer(BlockPattern(weight, groups, None), blocks, mask is not None)
+    single = None
+    if mask is not None and why_not_single(weight, weight) is None:
+        pattern = pack_pattern(weight.detach(), groups=groups, keep=mask)
+        single = pattern if pattern.nonzeros <= FEW * weight.numel() else None
+    return GpuLayer(BlockPattern(weight, groups, None), blocks, mask is not None, single)
 
 
 class _Chosen(torch.autograd.Function):
@@ -117,9 +129,7 @@ class _Chosen(torch.autograd.Function):
         ctx.g, ctx.layer, ctx.picked = g, layer, picked
         if not picked.forward:
             return dense_forward(x, weight, bias, g)
-        name = str(picked.forward)
-        tile = layer.options[name]
-        return conv_blocks(x, weight, layer.pattern(name), g, bias, tile=tile)
+        return _forward(layer, str(picked.forward), x, weight, bias, g)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -137,11 +147,25 @@ class _Chosen(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
+def _forward(
+    layer: GpuLayer, name: str, x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry
+) -> Tensor:
+    if not name:
+        return dense_forward(x, weight, bias, g)
+    if name.startswith("single"):
+        assert layer.single is not None
+        return single(x, weight, layer.single, g, bias, None, None)
+    return conv_blocks(x, weight, layer.pattern(name), g, bias, tile=layer.options[name])
+
+
 def _input_grad(
     layer: GpuLayer, name: str, grad: Tensor, x: Tensor, weight: Tensor, g: Geometry
 ) -> Tensor | None:
     if not name:
         return dense_grads(grad, x, weight, g, (True, False))[0]
+    if name.startswith("single"):
+        assert layer.single is not None
+        return single_backward(grad, x, weight, layer.single, g, (True, False))[0]
     tile = layer.options[name]
     return conv_blocks_input_grad(grad, x, weight, layer.pattern(name), g, tile)
 
@@ -161,7 +185,9 @@ def _choose(
 ) -> PassChoice:
     layer.options = _options(layer, weight, g)
     density = 1.0
-    if layer.blocks is not None:
+    if layer.single is not None:
+        density = layer.single.nonzeros / max(1, weight.numel())
+    elif layer.blocks is not None:
         if not layer.fixed:
             layer.blocks.follow(weight)
         rows, columns = layer.blocks.block or (1, 1)
@@ -171,7 +197,8 @@ def _choose(
     shape = layer_key(x, weight, g, -1 if bucket is None else bucket, layer.fixed)
     # Above the buckets one measurement serves all: there the blocks hardly matter.
     level = "any density" if bucket is None else ""
-    key = f"{device} {x.dtype} {layer.blocks and layer.blocks.block} {level} {shape}"
+    kind = "single" if layer.single is not None else ""
+    key = f"{device} {x.dtype} {layer.blocks and layer.blocks.block} {kind}{level} {shape}"
     known = CHOICES.find(key)
     if known is not None and all(n in layer.options for n in _names(known)):
         return known
@@ -197,6 +224,8 @@ def _options(layer: GpuLayer, weight: Tensor, g: Geometry) -> dict[str, Tile]:
             found[f"{kind} input_grad {i}"] = fitted(tile, channels, outputs, across)
         for i, tile in enumerate(tiles_of(weight.dtype, grad=True)[:count]):
             found[f"{kind} weight_grad {i}"] = fitted(tile, outputs, channels, block)
+    if layer.single is not None:
+        found |= {f"single {name}": NO_TILE for name in ("forward", "input_grad")}
     return found
 
 
@@ -245,7 +274,4 @@ def _call(
         return partial(_input_grad, layer, option, grad, x, weight, g)
     if name == "weight_grad":
         return partial(_weight_grad, layer, option, grad, x, weight, g)
-    if not option:
-        return partial(dense_forward, x, weight, bias, g)
-    tile = layer.options[option]
-    return partial(conv_blocks, x, weight, layer.pattern(option), g, bias, tile=tile)
+    return partial(_forward, layer, option, x, weight, bias, g)

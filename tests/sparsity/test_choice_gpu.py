@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparsemtl.ops import sparse_conv2d_backends
 from sparsemtl.ops.availability import why_not_triton
 from sparsemtl.sparsity import choice_gpu
 from sparsemtl.sparsity.choice import CHOICES, DENSE, PassChoice
@@ -82,6 +83,30 @@ def test_a_measurement_is_made_once_and_kept(device, monkeypatch, tmp_path):
         slot.gpu.picked = None
     model(x)
     assert len(calls) == 2
+
+
+@pytest.mark.interpreter
+def test_single_weights_are_a_candidate_where_few_are_left(device, monkeypatch, tmp_path):
+    """The CUDA kernel itself needs a GPU: the reference stands in its place here."""
+    monkeypatch.setenv("SPARSEMTL_CACHE", str(tmp_path))
+    monkeypatch.setattr(CHOICES, "_known", {})
+    monkeypatch.setattr(choice_gpu, "why_not_single", lambda *_: None)
+    monkeypatch.setattr(choice_gpu, "single", sparse_conv2d_backends.reference)
+    monkeypatch.setattr(choice_gpu, "single_backward", sparse_conv2d_backends.reference_backward)
+    chosen = PassChoice("single forward", "single input_grad", False)
+    monkeypatch.setattr(choice_gpu, "measure", lambda layer, *_: chosen if layer.single else DENSE)
+    model, x = small(device)
+    if why_not_triton(x) is not None:
+        pytest.skip(str(why_not_triton(x)))
+    sparsify(model, {"all": ["0", "1"]})
+    freeze_exactly(model.sparsity, 0.97, floor=0.5)
+    expected = run(model, x)
+    model.sparsity.sparse_kernels = True
+    found = run(model, x)
+    assert model[0].slot.gpu.single is not None
+    assert "single forward" in model[0].slot.gpu.options
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5)
 
 
 def test_without_a_gpu_nothing_changes():
