@@ -51,7 +51,8 @@ def sparse_conv2d(
     pattern:    from `pack_pattern`; it follows `weight`. Default: one kept for this weight tensor
     residual:   [B, K, OH, OW], added before the activation, or None
     activation: None, "relu" or "relu6"
-    returns:    [B, K, OH, OW], contiguous, of x's type; arithmetic in float32 (float64 for float64)
+    returns:    [B, K, OH, OW], contiguous, or channels_last where Triton computes it; of x's type;
+                arithmetic in float32 (float64 for float64)
     raises:     TypeError, ValueError for other arguments; BackendUnavailable
     """
     g = geometry(weight, stride, padding, dilation, groups)
@@ -214,7 +215,8 @@ def _conv(
 ) -> Tensor:
     g = geometry(weight, stride, padding, dilation, groups)
     pattern = _pattern_of(weight, keep, groups, structure)
-    return _forward(x, weight, bias, residual, pattern, g, activation)
+    # As the fake kernel says; on a GPU the result is channels_last.
+    return _forward(x, weight, bias, residual, pattern, g, activation).contiguous()
 
 
 @torch.library.custom_op("sparsemtl::sparse_conv2d_backward", mutates_args=())
@@ -234,7 +236,8 @@ def _conv_backward(
     pattern.update(weight)
     backend = SPARSE_CONV2D.choose(x, weight)
     assert backend.backward is not None
-    return backend.backward(grad, x, weight, pattern, g, (True, True))
+    grad_x, grad_weight = backend.backward(grad, x, weight, pattern, g, (True, True))
+    return grad_x.contiguous(), grad_weight.contiguous()
 
 
 @_conv.register_fake

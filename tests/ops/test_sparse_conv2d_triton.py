@@ -347,3 +347,21 @@ def test_more_pixels_than_indices_are_refused():
     reason = on_gpu.why_not_geometry(x, geometry())
     assert reason is not None
     assert "counts them in 32 bits" in reason
+
+
+@pytest.mark.interpreter
+def test_what_compilers_see_is_contiguous(device):
+    """torch.compile plans with the fake kernel's strides; the kernel's own are channels_last."""
+    x, weight, g, _ = make(CASES["blocks-of-16"], device, torch.float32)
+    skip_if_unusable(SPARSE_CONV2D, "triton", x, weight)
+    geometry_of = (list(g.stride), list(g.padding), list(g.dilation), 1, "element")
+    with use_backend("triton"):
+        eager = sparse_conv2d(x, weight, padding=1)
+        seen = torch.ops.sparsemtl.sparse_conv2d(x, weight, None, None, None, *geometry_of, None)
+        grads = torch.ops.sparsemtl.sparse_conv2d_backward(
+            torch.ones_like(seen), x, weight, None, *geometry_of
+        )
+    assert eager.is_contiguous(memory_format=torch.channels_last)
+    assert seen.is_contiguous()
+    assert all(grad.is_contiguous() for grad in grads)
+    assert torch.equal(seen, eager)
