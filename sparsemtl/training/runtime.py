@@ -21,7 +21,7 @@ class RuntimeConfig:
     precision: str = "fp32"  # bf16: autocast forward; master weights and losses stay fp32
     threads: int | None = None  # CPU threads; None: torch's own number, recorded for resuming
     workers: int = 0  # loader processes
-    sparse_kernels: bool = False  # layers run sparse where measured faster (CPU, fp32)
+    sparse_kernels: bool = False  # layers run on the kernels that were measured fastest
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
