@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("the command line needs tyro: pip install tyro rich", file=sys.stderr)
         return 2
     from sparsemtl.cli.bench import BenchAdam, BenchConv, BenchStep, BenchThreshold
+    from sparsemtl.cli.bench_model import BenchModel
     from sparsemtl.cli.compare import Compare
     from sparsemtl.cli.compile import Compile, Explain
     from sparsemtl.cli.data import CheckData, WriteScenes, WriteVehicleX
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | Annotated[BenchThreshold, tyro.conf.subcommand("threshold")]
         | Annotated[BenchAdam, tyro.conf.subcommand("adam")]
         | Annotated[BenchStep, tyro.conf.subcommand("step")]
+        | Annotated[BenchModel, tyro.conf.subcommand("model")]
     )
     verbs = (
         Annotated[Train, tyro.conf.subcommand("train")]

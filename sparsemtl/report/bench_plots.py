@@ -83,6 +83,32 @@ def step_times(rows: Rows, machine: str) -> Figure:
     return figure
 
 
+def model_times(rows: Rows, machine: str) -> Figure:
+    """Images a second of every candidate, one panel per batch size.
+
+    rows: of `bench model`, with candidate, batch, images_per_second, median_ms
+    """
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    figure = Figure(figsize=(1 + 4.2 * len(batches), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(batches), squeeze=False)[0]
+    for axis, batch in zip(axes, batches, strict=True):
+        own = [r for r in rows if r["batch"] == batch and r["median_ms"] is not None]
+        names = [row["candidate"] for row in own]
+        values = [row["images_per_second"] for row in own]
+        colours = [COLOURS[1] if name == "engine" else COLOURS[0] for name in names]
+        axis.barh(names, values, color=colours)
+        for place, row in enumerate(own):
+            text = f" {row['median_ms']:.4g} ms"
+            axis.text(row["images_per_second"], place, text, va="center", fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.25)
+        axis.set_title(f"batch {batch}", fontsize=10, loc="left")
+        axis.set_xlabel("images per second")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{rows[0]['case']} · {machine}", fontsize=8, x=0.01, ha="left")
+    return figure
+
+
 def _panel(axis: Axes, rows: Rows, case: str) -> None:
     for i, kind in enumerate(dict.fromkeys(row["pass"] for row in rows)):
         own = sorted((r for r in rows if r["pass"] == kind), key=lambda r: r["sparsity"])
