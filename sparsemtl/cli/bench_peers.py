@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from sparsemtl.engine.engine import Engine, compile
@@ -43,7 +42,7 @@ def executed_macs(folder: Path | None, x: Tensor) -> float | None:
         weight = node.weights.get("weight")
         if row.op not in ("conv2d", "linear") or weight is None:
             continue
-        dense = row.runs_as.startswith(("dense", "torch"))
-        live = weight.numel() if dense else int(torch.count_nonzero(weight))
+        dense = row.density is None or row.runs_as.startswith(("dense", "torch"))
+        live = weight.numel() if dense else round(row.density * weight.numel())
         total += live * math.prod(row.output) // max(1, weight.shape[0])
     return round(total / 1e9, 3)
