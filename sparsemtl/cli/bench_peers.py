@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparsemtl.engine.engine import Engine, compile
 from sparsemtl.measure.peers import PEERS, Peer, Predict
+from sparsemtl.measure.rows import digits
 
 ENGINE_FILE = "plan.json"
 
@@ -42,7 +43,8 @@ def executed_macs(folder: Path | None, x: Tensor) -> float | None:
         weight = node.weights.get("weight")
         if row.op not in ("conv2d", "linear") or weight is None:
             continue
-        dense = row.density is None or row.runs_as.startswith(("dense", "torch"))
-        live = weight.numel() if dense else round(row.density * weight.numel())
+        sparse = not row.runs_as.startswith(("dense", "torch"))
+        density = row.density if sparse and row.density is not None else 1.0
+        live = round(density * weight.numel())
         total += live * math.prod(row.output) // max(1, weight.shape[0])
-    return round(total / 1e9, 3)
+    return digits(total / 1e9)
