@@ -11,6 +11,8 @@ from typing import Annotated
 import tyro
 
 from sparsemtl import config as configs
+from sparsemtl.cli.bench_model import BenchModel
+from sparsemtl.cli.compile import Compile
 from sparsemtl.cli.display import live_display
 from sparsemtl.cli.report import write_report
 from sparsemtl.cli.run_folder import RunFolder, read_json
@@ -20,7 +22,7 @@ from sparsemtl.cli.tables import print_summary
 
 @dataclass
 class Demo:
-    """Train AdapMTL to 90 % and its dense twin on procedural rooms; compare and draw both."""
+    """Train AdapMTL to 90 % and its dense twin on procedural rooms; compare, compile, draw."""
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/demo")
     """Run folder; an unfinished demo is continued, a finished one is shown again."""
@@ -53,6 +55,7 @@ class Demo:
 
     def _show(self, folder: RunFolder) -> int:
         print_summary(read_json(folder.summary, "a run"), folder)
+        self._compile(folder)
         page = folder.root / "report.html"
         try:
             write_report(folder, page)
@@ -61,3 +64,15 @@ class Demo:
         else:
             print(f"the same as a page: {page}")
         return 0
+
+    def _compile(self, folder: RunFolder) -> None:
+        """An engine of the finished model, beside torch on the same model."""
+        _, _, height, width = read_json(folder.summary, "a run")["flops"]["input"]
+        shape = f"1,3,{height},{width}"
+        if not folder.engine.exists():
+            Compile(folder.root, shape, folder.engine, quiet=True).run()
+        if not folder.inference.exists():
+            peers = "torch,torch-channels-last"
+            BenchModel(
+                target=folder.root, input=shape, against=peers, seconds=10.0, json=folder.inference
+            ).run()

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from sparsemtl.cli.run_folder import RunFolder, read_json
-from sparsemtl.report.html import run_page
+from sparsemtl.report.html import inference_of, run_page
 from sparsemtl.training.checkpoint import atomic_write
 
 
@@ -42,7 +42,10 @@ def write_report(folder: RunFolder, path: Path) -> None:
     summary = read_json(folder.summary, "a finished run")
     command = f"sparsemtl train --preset {folder.config} --out NEW_FOLDER"
     try:
-        page = run_page(summary, config, folder.plots, command)
+        measured = None
+        if folder.inference.exists():
+            measured = inference_of(read_json(folder.inference, "a measurement"))
+        page = run_page(summary, config, folder.plots, command, measured)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"Expected {folder.summary} to be a run's summary, got one without {error}"

@@ -6,6 +6,8 @@ checkpoints/     the last two, for --resume
 model/           model.safetensors (dense with zeros, ordinary torch keys) and config.json
 summary.json     results
 plots/           pictures, where matplotlib is installed
+engine/          the compiled model, in the demo
+inference.json   what `sparsemtl bench model` measured of it, in the demo
 baseline/        the dense twin's own run folder, where one was asked for
 """
 
@@ -67,6 +69,14 @@ class RunFolder:
     @property
     def plots(self) -> Path:
         return self.root / "plots"
+
+    @property
+    def engine(self) -> Path:
+        return self.root / "engine"
+
+    @property
+    def inference(self) -> Path:
+        return self.root / "inference.json"
 
     @property
     def baseline(self) -> RunFolder:

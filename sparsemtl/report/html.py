@@ -74,6 +74,20 @@ def run_page(
     )
 
 
+def inference_of(measured: Mapping[str, Any]) -> Inference:
+    """The table of what `sparsemtl bench model --json` wrote."""
+    heads = ["runs on", "median ms", "spread", "images/s", "peak MB", "load s", "file MB"]
+    body = []
+    for row in measured["rows"]:
+        values = [_number(row[k]) for k in ("images_per_second", "peak_mb", "load_s", "file_mb")]
+        spread = "-" if row["spread"] is None else f"{row['spread']:.1%}"
+        body.append([row["candidate"], _number(row["median_ms"]), spread, *values])
+    engine = next(row for row in measured["rows"] if row["candidate"] == "engine")
+    gain = "" if engine["speedup"] is None else f" {engine['speedup']:.2f}× {engine['against']}."
+    note = f"Batch {engine['batch']}, candidates in turns, outputs compared first.{gain} "
+    return Inference(note + measured["machine"], PageTable(body, heads))
+
+
 def _cards(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     sparsity, work = summary["sparsity"], summary["flops"]["total"]
     cards = [

@@ -91,3 +91,15 @@ def test_a_run_repeats_from_its_config(run, tmp_path):
     assert main(words) == 0
     for name in ("config.json", "model/model.safetensors"):
         assert (again / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_what_was_measured_of_the_compiled_model_is_on_the_page(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    words = ["bench", "model", str(copy), "--input", "1,3,32,40", "--against", "torch"]
+    assert main([*words, "--rounds", "3", "--json", str(copy / "inference.json")]) == 0
+    assert main(["report", str(copy)]) == 0
+    page = Page((copy / "report.html").read_text("utf-8"))
+    rows = json.loads((copy / "inference.json").read_text())["rows"]
+    assert {"engine", "torch", f"{rows[0]['median_ms']:.4g}"} <= set(page.texts)
+    assert any(f"{rows[0]['speedup']:.2f}×" in text for text in page.texts)
