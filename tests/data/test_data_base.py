@@ -169,7 +169,7 @@ def test_batches_must_agree():
 
 
 def test_the_registry_builds_and_lists_its_choices():
-    assert set(DATASETS) == {"scenes", "nyuv2"}
+    assert set(DATASETS) == {"scenes", "nyuv2", "vehiclex"}
     assert dataset_config("scenes") is ScenesConfig
     with pytest.raises(ValueError, match=r"scenes.*nyuv2.*'nyuv3'.*mean 'nyuv2'"):
         dataset_config("nyuv3")

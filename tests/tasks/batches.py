@@ -1,11 +1,15 @@
-"""Random batches of every kind of task."""
+"""Random batches of every kind of task per pixel."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
+from sparsemtl.tasks import TASKS
+
 CHANNELS = {"segmentation": 5, "normals": 3, "depth": 1, "keypoints": 1, "edges": 1}
+# Tasks of one value per pixel; classification, of one per image, has tests of its own.
+PIXEL_KINDS = [kind for kind in TASKS if kind != "classification"]
 
 
 def make_batch(kind, shape=(2, 17, 23), small=(5, 6), seed=0):
