@@ -78,22 +78,34 @@ def build(model: str, tasks: Mapping[str, int], seed: int = 0) -> MultitaskModel
     return build_model(ModelConfig(model), tasks)
 
 
-def magnitude_masks(model: nn.Module, split: Mapping[str, float]) -> list[list[Tensor]]:
-    """Per component, per layer: which weights are among the component's largest, exactly so many.
+def magnitude_masks(
+    model: nn.Module, split: Mapping[str, float], *, across_layers: bool = False
+) -> list[list[Tensor]]:
+    """Per component, per layer: which weights are among the layer's largest.
 
-    split: component → fraction of zeros
+    Every layer gets its component's sparsity. A cut across all of a component empties whole layers
+    of a fresh model, whose initial scales differ: nobody need compute those, and every speed-up
+    would flatter.
+
+    split:         component → fraction of zeros
+    across_layers: one cut for a component all the same, as one threshold makes it
     """
     masks = []
     for name, component in find_components(model).items():
         check_sparsity("magnitude_masks", name, split[name])
         scores = [weight.detach().abs() for weight in component.weights]
-        kept = kept_count(sum(s.numel() for s in scores), split[name])
-        masks.append(top_masks([scores], kept)[0][0])
+        if across_layers:
+            kept = kept_count(sum(s.numel() for s in scores), split[name])
+            masks.append(top_masks([scores], kept)[0][0])
+            continue
+        masks.append(
+            [top_masks([[s]], kept_count(s.numel(), split[name]))[0][0][0] for s in scores]
+        )
     return masks
 
 
 def prune(model: nn.Module, split: Mapping[str, float]) -> nn.Module:
-    """Set all but the largest weights of each component to 0, in place; returns the model."""
+    """Set all but the largest weights of each layer to 0, in place; returns the model."""
     with torch.no_grad():
         parts = zip(find_components(model).values(), magnitude_masks(model, split), strict=True)
         for component, masks in parts:

@@ -28,6 +28,7 @@ from sparsemtl.measure.rows import WrongResult
 from sparsemtl.models import config as models
 from sparsemtl.ops.availability import why_not_native
 from sparsemtl.sparsity import choice
+from sparsemtl.sparsity.mask import kept_count
 
 TASKS = {"segmentation": 5, "normals": 3, "depth": 1}
 native = pytest.mark.skipif(why_not_native() is not None, reason="needs the native module")
@@ -86,17 +87,22 @@ def test_the_published_split_needs_its_tasks():
         parse_prune("--prune", "adapmtl-split", {"edges": 1})
 
 
-def test_masks_keep_the_largest_exactly_per_component(setup):
+@pytest.mark.parametrize("across_layers", [False, True])
+def test_masks_keep_the_largest_exactly(setup, across_layers):
     split = {"backbone": 0.7, "head:segmentation": 0.9, "head:normals": 0.0, "head:depth": 0.99}
     model = build(setup.model, TASKS)
+    found = magnitude_masks(model, split, across_layers=across_layers)
+    for component, masks in zip(model.components().values(), found, strict=True):
+        pairs = list(zip(component.weights, masks, strict=True))
+        for part in [pairs] if across_layers else [[pair] for pair in pairs]:
+            numel = sum(w.numel() for w, _ in part)
+            assert sum(int((~m).sum()) for _, m in part) == numel - kept_count(
+                numel, split[component.name]
+            )
+            kept = torch.cat([w[m].abs() for w, m in part])
+            lost = torch.cat([w[~m].abs() for w, m in part])
+            assert min(lost.numel(), kept.numel()) == 0 or lost.max() <= kept.min()
     masks = magnitude_masks(model, split)
-    parts = model.components().values()
-    for component, group in zip(parts, masks, strict=True):
-        zeros = sum(int((~m).sum()) for m in group)
-        assert zeros == round(split[component.name] * component.numel)
-        kept = torch.cat([w[m].abs() for w, m in zip(component.weights, group, strict=True)])
-        lost = torch.cat([w[~m].abs() for w, m in zip(component.weights, group, strict=True)])
-        assert lost.numel() == 0 or lost.max() <= kept.min()
     pruned = prune(build(setup.model, TASKS), split)
     for component, group in zip(pruned.components().values(), masks, strict=True):
         for weight, mask in zip(component.weights, group, strict=True):
