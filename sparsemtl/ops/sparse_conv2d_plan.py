@@ -149,7 +149,9 @@ def plan_pass(
         small = channels * phases * padded.plane_height * padded.pitch < 1 << 31
         grown = padded.plane_height * padded.pitch / max(rows * columns, 1)
         if per_column < _FEW_PER_COLUMN or (vector > 1 and kind == "forward"):
-            mode = DIRECT if small and waste < 1.5 and grown < 3 else TABLE
+            in_vain = waste / max(_inside(live, rows, columns, out), 1e-9)
+            packed = vector > 1 and in_vain > (1.7 if per_column >= 4.0 else 2.5)
+            mode = DIRECT if small and waste < 1.5 and grown < 3 and not packed else TABLE
         elif (waste - 1) * per_column < 2.0 and grown < 2:
             mode = LINEAR
         if mode != TABLE:
@@ -188,16 +190,24 @@ def _padded(
     return Source(True, stride, top, top + rows + bottom, pitch, -(-left // 16) * 16, slack)
 
 
-def _regions_pay(
+def _inside(
     live: list[tuple[int, int]], rows: int, columns: int, out: tuple[int, int, int]
-) -> bool:
-    """Whether a tenth of the taps' work reads only padding and could be skipped by ordering."""
+) -> float:
+    """The share of the taps' work that reads the image and not padding."""
     inside = sum(
         max(0, min(out[1], rows - dy) - max(0, -dy))
         * max(0, min(out[2], columns - dx) - max(0, -dx))
         for dy, dx in live
     )
-    return inside < 0.9 * len(live) * out[1] * out[2]
+    total = len(live) * out[1] * out[2]
+    return inside / total if total else 1.0
+
+
+def _regions_pay(
+    live: list[tuple[int, int]], rows: int, columns: int, out: tuple[int, int, int]
+) -> bool:
+    """Whether a tenth of the taps' work reads only padding and could be skipped by ordering."""
+    return _inside(live, rows, columns, out) < 0.9
 
 
 def _vectors(kind: str, mode: int, rows: int, per_column: float, vector: int, isa: str) -> int:

@@ -295,15 +295,15 @@ class ChosenConv2d(torch.autograd.Function):
         needed = ctx.needs_input_grad
         sparse = (ctx.choice.input_grad, ctx.choice.weight_grad)
         grads: list[Tensor | None] = [None, None]
-        for place in (0, 1):
-            needs = (needed[0] and place == 0, needed[1] and place == 1)
-            if needed[place] and sparse[place]:
-                found = sparse_conv2d_grads(grad, x, weight, ctx.g, ctx.pattern, needs)
-            elif needed[place]:
-                found = _dense_grads(grad, x, dense, ctx.g, needs, ctx.keep)
-            else:
+        for kind in (True, False):  # passes of one kind share a call, and what it prepares
+            needs = (needed[0] and sparse[0] is kind, needed[1] and sparse[1] is kind)
+            if not any(needs):
                 continue
-            grads[place] = found[place]
+            if kind:
+                found = sparse_conv2d_grads(grad, x, weight, ctx.g, ctx.pattern, needs)
+            else:
+                found = _dense_grads(grad, x, dense, ctx.g, needs, ctx.keep)
+            grads = [f if n else g for f, n, g in zip(found, needs, grads, strict=True)]
         grad_bias = grad.sum((0, 2, 3)) if needed[2] else None
         return grads[0], grads[1], grad_bias, None, None, None, None
 
