@@ -7,6 +7,7 @@ the check fails there is no number, and the exit code is 1.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -23,6 +24,8 @@ from sparsemtl.measure.roof import measure_roof
 from sparsemtl.models.config import MODELS
 from sparsemtl.ops.pattern import STRUCTURES
 from sparsemtl.tasks import TASKS
+
+Find = Callable[[Any, Sequence[float], int], Iterator[dict[str, Any]]]  # cases, sparsities, rounds
 
 
 @dataclass(kw_only=True)
@@ -85,70 +88,70 @@ class BenchConv(BenchOptions):
 
 
 @dataclass(kw_only=True)
-class BenchThreshold(BenchOptions):
-    """The fused soft threshold against eager torch and a copy of the same bytes."""
+class ElementwiseOptions(BenchOptions):
+    """What the benches of elementwise ops share: their roof is a copy of the same bytes."""
 
     sparsity: tuple[float, ...] = (0.9,)
     """Fractions of dead weights."""
-    case: tuple[str, ...] = ()
-    """20M, head or stage-1; all by default."""
-    weights: int | None = None
-    """Measure one tensor of so many weights instead."""
-    rounds: int = 15
-    """Interleaved rounds."""
-
-    def run(self) -> int:
-        check_sparsities(self.sparsity)
-        check_positive("--rounds", self.rounds)
-        names = pick("--case", self.case, bench_threshold.SHAPES)
-        cases = {name: bench_threshold.SHAPES[name] for name in names}
-        if self.weights is not None:
-            check_positive("--weights", self.weights)
-            cases = {f"{self.weights:,} weights": [(self.weights,)]}
-        self.prepare()
-        roof = measure_roof()
-        begin(roof)
-        lines, rows = Lines(COLUMNS), []
-        for row in bench_threshold.measure_threshold(cases, self.sparsity, self.rounds):
-            rows.append(row)
-            lines.show(row)
-        print_roof_note(rows)
-        self.finish("threshold", rows, roof, draw_speedups)
-        return 0
-
-
-@dataclass(kw_only=True)
-class BenchAdam(BenchOptions):
-    """Adam, threshold and next S(W) in one pass against eager torch and a copy of the bytes."""
-
-    sparsity: tuple[float, ...] = (0.9,)
-    """Fractions of dead weights."""
-    case: tuple[str, ...] = ("deeplab-resnet34",)
-    """deeplab-resnet34 (90.7 M weights), deeplab-resnet34/bf16, backbone, stage-1."""
     weights: int | None = None
     """Measure one tensor of so many weights instead."""
     rounds: int = 7
     """Interleaved rounds."""
 
-    def run(self) -> int:
+    def check(self) -> None:
+        """raises: ValueError naming the flag"""
         check_sparsities(self.sparsity)
         check_positive("--rounds", self.rounds)
-        names = pick("--case", self.case, bench_adam.CASES)
         if self.weights is not None:
             check_positive("--weights", self.weights)
+
+    def measure(self, bench: str, find: Find, cases: Any) -> None:
+        """Show, compare with a copy, and write the rows that `find` yields for the cases."""
         self.prepare()
+        roof = measure_roof()
+        begin(roof)
+        lines, rows = Lines(COLUMNS), []
+        for row in find(cases, self.sparsity, self.rounds):
+            rows.append(row)
+            lines.show(row)
+        print_roof_note(rows)
+        self.finish(bench, rows, roof, draw_speedups)
+
+
+@dataclass(kw_only=True)
+class BenchThreshold(ElementwiseOptions):
+    """The fused soft threshold against eager torch and a copy of the same bytes."""
+
+    case: tuple[str, ...] = ()
+    """20M, head or stage-1; all by default."""
+    rounds: int = 15
+    """Interleaved rounds."""
+
+    def run(self) -> int:
+        self.check()
+        names = pick("--case", self.case, bench_threshold.SHAPES)
+        cases = {name: bench_threshold.SHAPES[name] for name in names}
+        if self.weights is not None:
+            cases = {f"{self.weights:,} weights": [(self.weights,)]}
+        self.measure("threshold", bench_threshold.measure_threshold, cases)
+        return 0
+
+
+@dataclass(kw_only=True)
+class BenchAdam(ElementwiseOptions):
+    """Adam, threshold and next S(W) in one pass against eager torch and a copy of the bytes."""
+
+    case: tuple[str, ...] = ("deeplab-resnet34",)
+    """deeplab-resnet34 (90.7 M weights), deeplab-resnet34/bf16, backbone, stage-1."""
+
+    def run(self) -> int:
+        self.check()
+        names = pick("--case", self.case, bench_adam.CASES)
         if self.weights is not None:
             cases: dict[str, Any] = {f"{self.weights:,} weights": [[(self.weights,)]]}
         else:
             cases = {name: bench_adam.component_shapes(name) for name in names}
-        roof = measure_roof()
-        begin(roof)
-        lines, rows = Lines(COLUMNS), []
-        for row in bench_adam.measure_adam(cases, self.sparsity, self.rounds):
-            rows.append(row)
-            lines.show(row)
-        print_roof_note(rows)
-        self.finish("adam", rows, roof, draw_speedups)
+        self.measure("adam", bench_adam.measure_adam, cases)
         return 0
 
 
