@@ -122,8 +122,11 @@ def measure_case(
     *,
     rounds: int = ROUNDS,
     seconds: float | None = None,
+    settle: int = 1,
 ) -> dict[str, Any]:
     """One row: the gate, then the candidates in turn.
+
+    settle: untimed calls of a candidate before each timed one
 
     raises: WrongResult where the result does not agree with the reference
     """
@@ -143,7 +146,7 @@ def measure_case(
     calls["sparse"] = sparse_call(problem, training)
     with torch.set_grad_enabled(training):
         limit = SECONDS[kind] if seconds is None else seconds
-        times = interleave(calls, rounds, warmup=1, budget=limit, settle=1, least=LEAST)
+        times = interleave(calls, rounds, warmup=1, budget=limit, settle=settle, least=LEAST)
     fastest = min(dense, key=lambda name: times[name].median)
     sparse = times["sparse"]
     flops = 2 * case.in_bounds(problem.pattern.mask()) * (3 if training else 1)
