@@ -68,8 +68,8 @@ void fill_offsets(const ConvCall& call, int32_t* offsets, int threads) {
 }
 
 int64_t offset_floats(const ConvArguments& a, const SparseList& list) {
-  return a.mode == ConvMode::kDirect && a.offsets == nullptr ? ceil_div(list.n_nonzeros, 16) * 16
-                                                             : 0;
+  const bool needed = a.mode == ConvMode::kDirect && a.offsets == nullptr;
+  return needed ? ceil_div(list.n_nonzeros + 3, 16) * 16 : 0;
 }
 
 // Offsets into the front of the scratch, where they are needed and were not given; the rest of it.

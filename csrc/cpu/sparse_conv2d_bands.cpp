@@ -102,7 +102,7 @@ void forward_bands(const ConvArguments& a, const ConvArguments& band, const Band
     float* planes = scratch + thread_number() * per_thread;
     float* rest = planes + plane_floats(band, source);
     std::fill(planes, planes + source.lead, 0.0f);
-    std::fill(rest - source.slack - 16, rest, 0.0f);
+    std::fill(std::max(planes, rest - source.slack - 16), rest, 0.0f);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < a.problem.batch * bands.count; ++i) {
       const Band b(a, bands, i);
@@ -135,7 +135,7 @@ bool weight_grad_bands(const ConvArguments& a, const ConvArguments& band, const 
       float* rest = planes + plane_floats(band, source);
       float* mine = partials + me * size;
       std::fill(planes, planes + source.lead, 0.0f);
-      std::fill(rest - source.slack - 16, rest, 0.0f);
+      std::fill(std::max(planes, rest - source.slack - 16), rest, 0.0f);
       std::fill(mine, mine + n, 0.0f);
       for (int64_t i = me; i < a.problem.batch * bands.count; i += a.threads) {
         const Band b(a, bands, i);

@@ -61,7 +61,7 @@ ConvPlan::ConvPlan(const ConvArguments& a, std::vector<int32_t> taps, const Spar
   }
   if (bands_.count > 0) band_ = band_arguments(arguments_, source_, bands_);
   if (a.mode != ConvMode::kDirect) return;
-  offsets_.resize(list.n_nonzeros + 1);
+  offsets_.resize(list.n_nonzeros + 3);  // bodies take four at a time
   ConvArguments& used = bands_.count > 0 ? band_ : arguments_;
   sparse_conv2d_offsets(used, list_, offsets_.data());
   used.offsets = offsets_.data();
@@ -83,7 +83,7 @@ const float* ConvPlan::source(const float* x, float* memory, int threads, bool* 
   if (!copy_.wanted) return x;
   std::fill(memory, memory + copy_.lead, 0.0f);
   float* end = memory + plane_floats();
-  std::fill(end - copy_.slack - kAlign, end, 0.0f);
+  std::fill(std::max(memory, end - copy_.slack - kAlign), end, 0.0f);
   *finite = sparse_conv2d_planes(x, copy_.shape, memory + copy_.lead, threads);
   return memory;
 }

@@ -33,6 +33,7 @@ from sparsemtl.ops.sparse_conv2d import (
     sparse_conv2d,
     sparse_conv2d_reference,
 )
+from sparsemtl.ops.sparse_conv2d_library import register_flops
 from sparsemtl.ops.sparse_linear import pack_linear, sparse_linear, sparse_linear_reference
 from sparsemtl.ops.threshold_adam import (
     THRESHOLD_ADAM,
@@ -62,6 +63,7 @@ __all__ = [
     "pack_linear",
     "pack_pattern",
     "ready_values",
+    "register_flops",
     "soft_threshold",
     "soft_threshold_component",
     "soft_threshold_reference",

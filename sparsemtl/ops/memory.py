@@ -22,7 +22,7 @@ def empty_like(tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor)
     flat = torch.frombuffer(module.Block(tensor.nbytes), dtype=tensor.dtype)
     # set_ rather than a view: autograd restricts views that a Function returns.
-    found = torch.empty(0, dtype=tensor.dtype)
+    found = torch.empty(0, dtype=tensor.dtype, device="cpu")
     found.set_(flat.untyped_storage(), 0, tensor.size(), tensor.stride())
     settings: Any = torch.utils.deterministic  # a module whose switches are hidden from mypy
     if torch.are_deterministic_algorithms_enabled() and settings.fill_uninitialized_memory:

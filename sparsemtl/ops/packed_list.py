@@ -6,6 +6,7 @@ Z: nonzeros, or vectors of V output channels for the structure vector(V).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -80,17 +81,18 @@ def pack_list(
         pieces = -(-columns // _LARGEST_BLOCK)
         ends = [columns * (piece + 1) // pieces for piece in range(pieces)]
     blocks = groups * len(ends)
+    int32 = partial(torch.empty, dtype=torch.int32, device="cpu")  # whatever the defaults are
     arrays = {
-        "parts": torch.empty(groups, 5, dtype=torch.int32),
-        "blocks": torch.empty(blocks, 5, dtype=torch.int32),
-        "first_nonzero": torch.empty(blocks, dtype=torch.int64),
-        "columns": torch.empty(groups * columns, dtype=torch.int32),
-        "rows": torch.empty(blocks * list_rows, dtype=torch.int32),
-        "counts": torch.empty(blocks * list_rows, dtype=torch.int32),
-        "positions": torch.zeros(count + 3, dtype=torch.int16),
+        "parts": int32(groups, 5),
+        "blocks": int32(blocks, 5),
+        "first_nonzero": torch.empty(blocks, dtype=torch.int64, device="cpu"),
+        "columns": int32(groups * columns),
+        "rows": int32(blocks * list_rows),
+        "counts": int32(blocks * list_rows),
+        "positions": torch.zeros(count + 3, dtype=torch.int16, device="cpu"),
     }
-    values = torch.zeros((count + 3) * vector)
-    sources = torch.empty(count, dtype=torch.int32)
+    values = torch.zeros((count + 3) * vector, dtype=torch.float32, device="cpu")
+    sources = int32(count)
     addresses = [array.data_ptr() for array in arrays.values()] + [values.data_ptr()]
     shape = [groups, rows, channels, taps, vector, transposed, not by_tap]
     native_module().pack_pattern(

@@ -34,6 +34,7 @@ class Pattern:
 
     shape:     (K, C / groups, kh, kw) of the weight
     groups:    of the convolution
+    device:    of the weight
     structure: "element", or "vector(V)": V output channels share each live position
     nonzeros:  live weights; those of a live vector all count, zeros among them included
 
@@ -60,6 +61,7 @@ class Pattern:
         self.vector = STRUCTURES[structure]
         self.keep = None if keep is None else keep.detach().to(weight.device).contiguous()
         self.master = master
+        self.device = weight.device
         self._native = weight.is_cpu and why_not_native() is None
         self._lists: dict[str, PackedList] = {}
         self._fresh: set[str] = set()  # lists that hold the values of the present weight
@@ -85,7 +87,8 @@ class Pattern:
     def update(self, weight: Tensor) -> bool:
         """Follow a new weight of the same shape; return whether the pattern changed.
 
-        raises: ValueError for a weight of another shape, or one that a given mask does not cover
+        raises: ValueError for a weight of another shape or device, or one that a given mask does
+                not cover
 
         Values are copied when a kernel next needs them. A weight that is already followed and has
         not been written to since, as torch counts writes, costs nothing; what bypasses that count
@@ -98,6 +101,11 @@ class Pattern:
             raise ValueError(
                 f"Pattern: Expected weight to have shape {list(self.shape)}, for which the pattern "
                 f"was built, got {list(weight.shape)}"
+            )
+        if weight.device != self.device:
+            raise ValueError(
+                f"Pattern: Expected weight to be on {self.device}, for which the pattern was "
+                f"built, got {weight.device}"
             )
         dense = _flat(weight)
         changed = False
@@ -127,7 +135,7 @@ class Pattern:
         rows, channels, kh, kw = self.shape
         columns, vectors = channels * kh * kw, -(-(rows // self.groups) // self.vector)
         width = 64 * -(-columns // 64)
-        alive = (self._bits[:, None] >> torch.arange(64)) & 1  # [words, 64]
+        alive = (self._bits[:, None] >> torch.arange(64, device="cpu")) & 1  # [words, 64]
         alive = alive.view(self.groups, vectors, 1, width)[..., :columns].bool()
         alive = alive.expand(-1, -1, self.vector, -1)
         alive = alive.reshape(self.groups, vectors * self.vector, columns)
@@ -161,7 +169,7 @@ class Pattern:
 
         values: [≥ Z] float32, in the order of `packed`
         """
-        dense = torch.empty(self.shape, dtype=torch.float32)
+        dense = torch.empty(self.shape, dtype=torch.float32, device="cpu")
         native_module().spread_values(
             values.data_ptr(),
             packed.sources.data_ptr(),
@@ -196,7 +204,8 @@ class Pattern:
             return mask, int(mask.sum())
         rows, channels, kh, kw = self.shape
         vectors = self.groups * -(-(rows // self.groups) // vector)
-        bits = torch.empty(vectors * -(-(channels * kh * kw) // 64), dtype=torch.int64)
+        words = vectors * -(-(channels * kh * kw) // 64)
+        bits = torch.empty(words, dtype=torch.int64, device="cpu")
         is_mask = source.dtype is torch.bool
         count = native_module().pattern_bits(
             [self.groups, rows, channels, kh * kw, vector, False, False],
@@ -270,7 +279,7 @@ def _owner(weight: Tensor) -> Tensor | None:
 
 
 def _flat(weight: Tensor) -> Tensor:
-    return weight.detach().to(torch.float32).contiguous()
+    return weight.detach().resolve_neg().to(torch.float32).contiguous()
 
 
 def _check(weight: Any, groups: int, structure: str, keep: Any) -> None:
@@ -283,6 +292,8 @@ def _check(weight: Any, groups: int, structure: str, keep: Any) -> None:
             "pack_pattern: Expected weight to be a strided floating tensor, "
             f"got {weight.layout} {weight.dtype}"
         )
+    if weight.is_meta:
+        raise ValueError("pack_pattern: Expected weight to hold values, got one on meta")
     if weight.dim() != 4:
         raise ValueError(
             "pack_pattern: Expected weight to have 4 axes [K, C / groups, kh, kw], "

@@ -73,8 +73,9 @@ def native(weights: Tensors, alpha: Tensor) -> tuple[Tensor, ...]:
 
 
 def native_stats(weights: Tensors, alpha: Tensor, bitmask: bool) -> Stats:
-    counts = torch.empty(len(weights), dtype=torch.int64)
-    masks = tuple(torch.empty(-(-w.numel() // 8), dtype=torch.uint8) for w in weights)
+    counts = torch.empty(len(weights), dtype=torch.int64, device="cpu")
+    sizes = [-(-w.numel() // 8) for w in weights]
+    masks = tuple(torch.empty(size, dtype=torch.uint8, device="cpu") for size in sizes)
     values = _native_forward(weights, alpha, counts, masks if bitmask else ())
     return values, counts, masks if bitmask else None
 
@@ -103,7 +104,7 @@ def native_backward(weights: Tensors, alpha: Tensor, grads: Tensors) -> Gradient
     grad_weights = tuple([empty_like(weight) for weight in weights])
     sizes = [weight.numel() for weight in weights]
     chunks = sum(-(-size // native_module().SOFT_THRESHOLD_CHUNK) for size in sizes)
-    sums = torch.empty(chunks, dtype=torch.float64)
+    sums = torch.empty(chunks, dtype=torch.float64, device="cpu")
     grad_alpha = native_module().soft_threshold_backward(
         DTYPES[weights[0].dtype],
         _addresses(weights),

@@ -3,27 +3,39 @@
 The gradient of the weight is computed on the pattern only and is zero elsewhere; the gradient of
 x uses live weights only. For finite inputs all three equal the dense convolution with the masked
 weight up to rounding. A NaN or an infinity of x reaches every output that a live weight connects
-it to, and no other: a dead weight does not turn it into NaN as dense 0 · inf would.
+it to, and no other: a dead weight does not turn it into NaN as dense 0 · inf would. Where a weight
+that is NaN or infinite meets padding, the output may be NaN, as dense arithmetic has it, or as if
+the tap were absent. All this is of the kernels; the reference is dense arithmetic itself.
+
+On a CPU x, the gradient and the residual are read as contiguous float32: what is laid out otherwise
+(channels_last, a slice) or stored narrower (bfloat16, float16) is copied so for the call, and the
+weight's values when they change. Arithmetic is float32 throughout; narrow results are rounded once.
+torch.func transforms, batched gradients and second derivatives are computed densely.
 
 B: batch. C, K: input, output channels. H, W and OH, OW: input and output size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsemtl.ops import sparse_conv2d_backends as backends
 from sparsemtl.ops import sparse_conv2d_cuda as in_cuda
 from sparsemtl.ops import sparse_conv2d_triton as on_gpu
 from sparsemtl.ops.availability import why_not_native
-from sparsemtl.ops.dispatch import Backend, Op, through_torch
+from sparsemtl.ops.dispatch import (
+    Backend,
+    Op,
+    in_functorch,
+    is_batched,
+    require_reference,
+    through_torch,
+)
 from sparsemtl.ops.pattern import Pattern, pack_pattern
 from sparsemtl.ops.sparse_conv2d_checks import Pair, check, geometry, pair
 from sparsemtl.ops.sparse_conv2d_plan import Geometry
@@ -57,8 +69,16 @@ def sparse_conv2d(
     """
     g = geometry(weight, stride, padding, dilation, groups)
     check(x, weight, bias, g, pattern, residual, activation)
+    if weight.shape[1] == 0:
+        x, weight, pattern = *_with_a_channel(x, weight, groups), None
     tensors = [t for t in (x, weight, bias, residual) if t is not None]
-    if through_torch(*tensors):
+    if in_functorch():
+        require_reference(SPARSE_CONV2D)
+        return sparse_conv2d_reference(
+            x, weight, bias, g.stride, g.padding, g.dilation, groups,
+            pattern=pattern, residual=residual, activation=activation,
+        )  # fmt: skip
+    if x.is_meta or through_torch(*tensors):
         structure = "element" if pattern is None else pattern.structure
         keep = None if pattern is None else pattern.keep
         return torch.ops.sparsemtl.sparse_conv2d(
@@ -66,10 +86,10 @@ def sparse_conv2d(
             activation,
         )  # fmt: skip
     if pattern is None:
-        pattern = _pattern_of(weight, None, groups, "element")
+        pattern = pattern_of(weight, None, groups, "element")
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _SparseConv2d.apply(x, weight, bias, residual, pattern, g, activation)
-    return _forward(x, weight, bias, residual, pattern, g, activation)
+    return compute(x, weight, bias, residual, pattern, g, activation)
 
 
 def sparse_conv2d_reference(
@@ -90,6 +110,8 @@ def sparse_conv2d_reference(
         weight = torch.where(pattern.mask(), weight, 0.0)
     else:
         weight = torch.where(weight == 0, 0.0, weight)  # dead weights get no gradient
+    if weight.shape[1] == 0:
+        x, weight = _with_a_channel(x, weight, groups)
     y = F.conv2d(x, weight, bias, pair(stride), pair(padding), pair(dilation), groups)
     return _activate(y if residual is None else y + residual, activation)
 
@@ -98,7 +120,7 @@ def sparse_conv2d_values(
     x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, pattern: Pattern
 ) -> Tensor:
     """The forward pass alone, without autograd and argument checks: for callers that did both."""
-    return _forward(x, weight, bias, None, pattern, g, None)
+    return compute(x, weight, bias, None, pattern, g, None)
 
 
 def sparse_conv2d_grads(
@@ -132,27 +154,27 @@ class _SparseConv2d(torch.autograd.Function):
         activation: str | None,
     ) -> Tensor:
         ctx.backend = SPARSE_CONV2D.choose(x, weight)  # a backward may run in another thread
-        y = _forward(x, weight, bias, residual, pattern, g, activation, ctx.backend)
+        y = compute(x, weight, bias, residual, pattern, g, activation, ctx.backend)
         ctx.pattern, ctx.geometry, ctx.activation = pattern, g, activation
         ctx.save_for_backward(x, weight, y if activation is not None else None)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, y = ctx.saved_tensors
         if y is not None:
-            grad = _activation_grad(grad, y, ctx.activation)
+            grad = activation_grad(grad, y, ctx.activation)
         ctx.pattern.update(weight)
         needs = ctx.needs_input_grad
-        grad_x, grad_weight = ctx.backend.backward(
-            grad, x, weight, ctx.pattern, ctx.geometry, needs[:2]
-        )
+        # Plain torch where the gradient stands for many or will be differentiated itself.
+        plain = torch.is_grad_enabled() or is_batched(grad)
+        backward = backends.reference_backward if plain else ctx.backend.backward
+        grad_x, grad_weight = backward(grad, x, weight, ctx.pattern, ctx.geometry, needs[:2])
         grad_bias = grad.sum((0, 2, 3)) if needs[2] else None
         return grad_x, grad_weight, grad_bias, grad if needs[3] else None, None, None, None
 
 
-def _forward(
+def compute(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -167,13 +189,19 @@ def _forward(
     return backend.forward(x, weight, pattern, g, bias, residual, activation)
 
 
+def _with_a_channel(x: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The same convolution of no input channels by one of zeros: torch takes the former for one
+    without output channels."""
+    return F.pad(x, (0, 0, 0, 0, 0, groups)), F.pad(weight, (0, 0, 0, 0, 0, 1))
+
+
 def _activate(y: Tensor, activation: str | None) -> Tensor:
     if activation is None:
         return y
     return F.relu(y) if activation == "relu" else F.relu6(y)
 
 
-def _activation_grad(grad: Tensor, y: Tensor, activation: str | None) -> Tensor:
+def activation_grad(grad: Tensor, y: Tensor, activation: str | None) -> Tensor:
     if activation == "relu":
         return torch.ops.aten.threshold_backward(grad, y, 0)
     return torch.ops.aten.hardtanh_backward(grad, y, 0, 6)  # y is 0 or 6 where x is outside
@@ -183,7 +211,7 @@ def _activation_grad(grad: Tensor, y: Tensor, activation: str | None) -> Tensor:
 _patterns: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _pattern_of(weight: Tensor, keep: Tensor | None, groups: int, structure: str) -> Pattern:
+def pattern_of(weight: Tensor, keep: Tensor | None, groups: int, structure: str) -> Pattern:
     owner = weight if keep is None else keep
     pattern: Pattern | None = _patterns.get(owner)
     if (
@@ -194,112 +222,6 @@ def _pattern_of(weight: Tensor, keep: Tensor | None, groups: int, structure: str
         pattern = pack_pattern(weight, groups=groups, structure=structure, keep=keep)
         _patterns[owner] = pattern
     return pattern
-
-
-# torch.library: what torch.compile, torch.export and dispatch modes see.
-
-
-@torch.library.custom_op("sparsemtl::sparse_conv2d", mutates_args=())
-def _conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    keep: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    structure: str,
-    activation: str | None,
-) -> Tensor:
-    g = geometry(weight, stride, padding, dilation, groups)
-    pattern = _pattern_of(weight, keep, groups, structure)
-    # As the fake kernel says; on a GPU the result is channels_last.
-    return _forward(x, weight, bias, residual, pattern, g, activation).contiguous()
-
-
-@torch.library.custom_op("sparsemtl::sparse_conv2d_backward", mutates_args=())
-def _conv_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    keep: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    structure: str,
-) -> tuple[Tensor, Tensor]:
-    g = geometry(weight, stride, padding, dilation, groups)
-    pattern = _pattern_of(weight, keep, groups, structure)
-    pattern.update(weight)
-    backend = SPARSE_CONV2D.choose(x, weight)
-    assert backend.backward is not None
-    grad_x, grad_weight = backend.backward(grad, x, weight, pattern, g, (True, True))
-    return grad_x.contiguous(), grad_weight.contiguous()
-
-
-@_conv.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    keep: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    structure: str,
-    activation: str | None,
-) -> Tensor:
-    g = geometry(weight, stride, padding, dilation, groups)
-    return x.new_empty(x.shape[0], weight.shape[0], *g.output_size(x.shape[2], x.shape[3]))
-
-
-@_conv_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, _, keep, *ctx.rest, ctx.activation = inputs
-    ctx.save_for_backward(x, weight, keep, output if ctx.activation is not None else None)
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, keep, y = ctx.saved_tensors
-    if y is not None:
-        grad = _activation_grad(grad, y, ctx.activation)
-    grad_x, grad_weight = torch.ops.sparsemtl.sparse_conv2d_backward(
-        grad, x, weight, keep, *ctx.rest
-    )
-    needs = ctx.needs_input_grad
-    grad_bias = grad.sum((0, 2, 3)) if needs[2] else None
-    return grad_x, grad_weight, grad_bias, grad if needs[3] else None, *[None] * 7
-
-
-_conv.register_autograd(_differentiate, setup_context=_save)
-
-
-def register_flops() -> None:
-    """Teach torch's FlopCounterMode this op; before the mode is made, for it copies its table.
-
-    Not done on import, because torch.utils.flop_counter brings in triton.
-    """
-    from torch.utils.flop_counter import flop_registry, register_flop_formula
-
-    op = torch.ops.sparsemtl.sparse_conv2d
-    if op not in flop_registry:
-        register_flop_formula(op, get_raw=True)(_flops)
-
-
-def _flops(x: Tensor, weight: Tensor, *rest: Any, out_val: Tensor, **kwargs: Any) -> int:
-    live = weight.numel()  # of a fake weight every value may be alive
-    if not isinstance(weight, torch._subclasses.FakeTensor):
-        live = int((weight != 0).sum())
-    return 2 * live * out_val.shape[0] * out_val.shape[2] * out_val.shape[3]
 
 
 def _why_not_native(x: Tensor | None = None, weight: Tensor | None = None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -23,9 +24,9 @@ from sparsemtl.ops.sparse_conv2d_plan import (
 
 
 def _fp32(tensor: Tensor) -> Tensor:
-    if tensor.dtype is torch.float32 and tensor.is_contiguous():
+    if tensor.dtype is torch.float32 and tensor.is_contiguous() and not tensor.is_neg():
         return tensor
-    return tensor.detach().to(torch.float32).contiguous()
+    return tensor.detach().resolve_neg().to(torch.float32).contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -38,6 +39,7 @@ _LISTS = {
     "grad": Pattern.element_list,
     "table": Pattern.element_list,
 }
+_MOST_PHASES = 4096  # of a stride, each a plane of its own: kernels beyond are dense ones
 _MOST_PLANS = 64  # of a pattern: inputs of ever new sizes must not fill the memory
 
 
@@ -78,6 +80,16 @@ def _planned(
     return native, packed
 
 
+def _needed(g: Geometry, height: int, width: int) -> Geometry:
+    """The same for an output of this size: a single row or column is not strided over."""
+    stride = (1 if height == 1 else g.stride[0], 1 if width == 1 else g.stride[1])
+    return g if stride == g.stride else replace(g, stride=stride)
+
+
+def _too_coarse(g: Geometry) -> bool:
+    return g.stride[0] * g.stride[1] > _MOST_PHASES
+
+
 def native(
     x: Tensor,
     weight: Tensor,
@@ -90,10 +102,13 @@ def native(
     """The pattern holds the weight's values already."""
     height, width = g.output_size(x.shape[2], x.shape[3])
     out = (pattern.shape[0], height, width)
-    y = torch.empty(x.shape[0], *out, dtype=torch.float32)
+    needed = _needed(g, height, width)
+    if _too_coarse(needed):
+        return reference(x, weight, pattern, g, bias, residual, activation)
+    y = torch.empty(x.shape[0], *out, dtype=torch.float32, device="cpu")
     if y.numel() > 0:
         source = _fp32(x)
-        plan, _ = _planned("forward", pattern, g, source, out)
+        plan, _ = _planned("forward", pattern, needed, source, out)
         bias = None if bias is None else _fp32(bias)
         residual = None if residual is None else _fp32(residual)
         plan.forward(
@@ -111,12 +126,15 @@ def native_backward(
     g: Geometry,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    grad_x = _native_input_grad(grad, pattern, g, x) if needs[0] else None
-    return grad_x, _native_weight_grad(grad, pattern, g, x) if needs[1] else None
+    needed = _needed(g, grad.shape[2], grad.shape[3])
+    if _too_coarse(needed):
+        return reference_backward(grad, x, weight, pattern, g, needs)
+    grad_x = _native_input_grad(grad, pattern, needed, x) if needs[0] else None
+    return grad_x, _native_weight_grad(grad, pattern, needed, x) if needs[1] else None
 
 
 def _native_input_grad(grad: Tensor, pattern: Pattern, g: Geometry, x: Tensor) -> Tensor:
-    grad_x = torch.empty(x.shape, dtype=torch.float32)
+    grad_x = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     if grad_x.numel() == 0 or grad.numel() == 0:
         return torch.zeros_like(grad_x).to(x.dtype)
     source, threads = _fp32(grad), torch.get_num_threads()
@@ -124,7 +142,9 @@ def _native_input_grad(grad: Tensor, pattern: Pattern, g: Geometry, x: Tensor) -
         part = grad_x[:, :, phase[0] :: g.stride[0], phase[1] :: g.stride[1]]
         if part.numel() == 0:
             continue
-        out = part if part.is_contiguous() else torch.empty(part.shape, dtype=torch.float32)
+        out = part
+        if not part.is_contiguous():
+            out = torch.empty_like(part, memory_format=torch.contiguous_format)
         shape = (out.shape[1], out.shape[2], out.shape[3])
         plan, _ = _planned("input", pattern, g, source, shape, phase)
         plan.forward(source.data_ptr(), out.data_ptr(), 0, 0, 0, threads)
@@ -136,12 +156,12 @@ def _native_input_grad(grad: Tensor, pattern: Pattern, g: Geometry, x: Tensor) -
 def _native_weight_grad(grad: Tensor, pattern: Pattern, g: Geometry, x: Tensor) -> Tensor:
     """Dense, zero off the pattern."""
     if x.numel() == 0 or grad.numel() == 0:
-        return torch.zeros(pattern.shape, dtype=x.dtype)
+        return torch.zeros(pattern.shape, dtype=x.dtype, device="cpu")
     source, out = _fp32(x), (grad.shape[1], grad.shape[2], grad.shape[3])
     grad_y, threads = _fp32(grad), torch.get_num_threads()
     for kind in ("grad", "table"):
         plan, packed = _planned(kind, pattern, g, source, out)
-        values = torch.empty(packed.nonzeros + 3, dtype=torch.float32)
+        values = torch.empty(packed.nonzeros + 3, dtype=torch.float32, device="cpu")
         if plan.weight_grad(source.data_ptr(), grad_y.data_ptr(), values.data_ptr(), threads):
             break  # else x is not finite, and gaps between rows would take 0 · x into the sums
     return pattern.spread(values, packed).to(x.dtype)

@@ -15,6 +15,9 @@ from sparsemtl.ops.sparse_conv2d_plan import Geometry
 ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
 Pair = int | Sequence[int]
 
+_MOST_PIXELS = 1 << 31  # of a channel: rows and columns are counted in 32 bits
+_FURTHEST = 1 << 28  # a step of the kernel over the input, in 32 bits with what is added to it
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -65,9 +68,20 @@ def _new_geometry(
             "sparse_conv2d: Expected weight to have 4 axes [K, C / groups, kh, kw], "
             f"got shape {list(shape)}"
         )
+    _check_reach(pairs, shape[2:])
     return Geometry(
         pairs["stride"], pairs["padding"], pairs["dilation"], (shape[2], shape[3]), groups
     )
+
+
+def _check_reach(pairs: dict[str, tuple[int, int]], kernel: tuple[int, ...]) -> None:
+    for name, entries in pairs.items():
+        for entry, taps in zip(entries, kernel, strict=True):
+            if entry * (max(taps - 1, 1) if name == "dilation" else 1) >= _FURTHEST:
+                raise ValueError(
+                    f"sparse_conv2d: Expected {name} to reach over fewer than 2^28 pixels, which "
+                    f"32-bit offsets hold, got {entry} with kernel {tuple(kernel)}"
+                )
 
 
 _known_geometry = lru_cache(maxsize=1024)(_new_geometry)
@@ -111,6 +125,11 @@ def check(
             f"{who} x to be at least as large as the dilated kernel, got {list(x.shape[2:])} with "
             f"kernel {g.kernel}, dilation {g.dilation} and padding {g.padding}"
         )
+    if x.shape[2] * x.shape[3] >= _MOST_PIXELS or out[0] * out[1] >= _MOST_PIXELS:
+        raise ValueError(
+            f"{who} fewer than 2^31 pixels in a channel of x and of the output, which 32-bit "
+            f"offsets reach, got {list(x.shape[2:])} and {list(out)}"
+        )
     if bias is not None and tuple(bias.shape) != (rows,):
         raise ValueError(f"{who} bias to have shape [{rows}], got {list(bias.shape)}")
     expected = (x.shape[0], rows, *out)
@@ -149,4 +168,8 @@ def _check_pattern(weight: Tensor, pattern: Any, groups: int) -> None:
         raise ValueError(
             f"{who} pattern to be built for weight {list(weight.shape)} and groups={groups}, "
             f"got one for weight {list(pattern.shape)} and groups={pattern.groups}"
+        )
+    if pattern.device != weight.device and not weight.is_meta:
+        raise ValueError(
+            f"{who} pattern to be on {weight.device} like weight, got one on {pattern.device}"
         )

@@ -142,7 +142,8 @@ def plan_pass(
         rows, columns, out, guarded = 1, pixels, (out[0], 1, pixels), True
         shape = Source(False, stride, 0, rows, columns, 0, 0)
         few = _FEW_PER_FLAT if vector == 1 else _FEW_VECTORS_PER_FLAT
-        mode = DIRECT if per_column < few and kind == "forward" else LINEAR
+        small = channels * pixels < 1 << 31
+        mode = DIRECT if per_column < few and kind == "forward" and small else LINEAR
     elif len(taps) > 1 or phases > 1:
         padded = _padded(live, stride, rows, columns, out)
         waste = ((out[1] - 1) * padded.pitch + out[2]) / max(out[1] * out[2], 1)

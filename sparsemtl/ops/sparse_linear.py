@@ -43,10 +43,10 @@ def sparse_linear(
             f"sparse_linear: Expected x to have {weight.shape[1]} features on its last axis, "
             f"got shape {list(x.shape)}"
         )
+    if x.numel() == 0:
+        return F.linear(x, weight, bias)  # nothing to compute, but shapes and gradients to return
     rows = x.reshape(-1, x.shape[-1])  # [M, C]
     pixels = rows.t()[None, :, None, :]  # [1, C, 1, M]
-    if rows.shape[0] == 0:
-        return F.linear(x, weight, bias)  # nothing to compute, but shapes and gradients to return
     y = sparse_conv2d(pixels, weight[:, :, None, None], bias, pattern=pattern)
     return y[0, :, 0, :].t().reshape(*x.shape[:-1], weight.shape[0])
 
