@@ -48,15 +48,19 @@ bench: setup
 	$(BIN)/python -m pytest -q bench --benchmark-json=bench/results/bench.json
 
 # Python itself is not instrumented, so the sanitizers' runtime is loaded first; leaks are
-# the interpreter's own.
+# the interpreter's own. One thread, and waiting ones that sleep: tests ask for more by themselves.
+# An error ends the process with pytest's capture, so it is written to a file and shown from there.
 sanitize: setup
 	SPARSEMTL_SANITIZE=1 SPARSEMTL_CUDA=0 $(BIN)/python setup.py -q build_ext \
 	  --build-temp build/sanitize --build-lib build/sanitize/lib
-	SPARSEMTL_TEST_NATIVE=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
-	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	rm -f build/sanitize/report.*
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive SPARSEMTL_TEST_NATIVE=build/sanitize/lib \
+	  ASAN_OPTIONS=detect_leaks=0:log_path=build/sanitize/report \
+	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path=build/sanitize/report \
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	  $(BIN)/python -m pytest -q -m "not interpreter" tests/ops \
-	  tests/engine/test_native_steps.py tests/engine/test_native_program.py
+	  tests/engine/test_native_steps.py tests/engine/test_native_program.py \
+	  || { cat build/sanitize/report.* 2>/dev/null; exit 1; }
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info sparsemtl/_C*.so runs/demo
