@@ -11,6 +11,7 @@ import tyro
 from sparsemtl.cli.run_folder import RunFolder, load_model, read_json
 from sparsemtl.engine.engine import Engine, compile
 from sparsemtl.engine.file import check_free
+from sparsemtl.engine.target import make_target
 from sparsemtl.tasks import TASKS
 from sparsemtl.training.checkpoint import write_json
 
@@ -29,6 +30,10 @@ class Compile:
     """Of the saved weights: float32, or bf16 (bfloat16) for half the size."""
     executor: str = "auto"
     """auto or native (measured on this machine), sparse (not measured) or torch."""
+    device: str = "cpu"
+    """cpu, or cuda: layers are measured there and shown; the folder serves any device."""
+    precision: str = "float32"
+    """What a CUDA device computes in: float32, bf16 or fp16."""
     onnx: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the dense model with its zeros as ONNX too, compared with ONNX Runtime."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -39,9 +44,17 @@ class Compile:
     def run(self) -> int:
         shape = parse_shape(self.input)
         check_free(self.out, overwrite=False)  # before minutes of work
+        make_target("compile", self.device, self.precision)
         folder = find_model(self.model)
         model = load_model(folder)
-        engine = compile(model, shape, executor=self.executor, about=about(folder))
+        engine = compile(
+            model,
+            shape,
+            executor=self.executor,
+            device=self.device,
+            dtype=self.precision,
+            about=about(folder),
+        )
         dtype = {"bf16": "bfloat16"}.get(self.dtype, self.dtype)
         engine.save(self.out, dtype=dtype)
         explanation = engine.explain()
@@ -67,11 +80,17 @@ class Explain:
     input: Annotated[str | None, tyro.conf.arg(metavar="B,3,H,W")] = None
     """Another input size than it was compiled for."""
     executor: str = "auto"
+    device: str = "cpu"
+    """cpu, or cuda: the whole model as one CUDA graph, layers as measured on the device."""
+    precision: str = "float32"
+    """What a CUDA device computes in: float32, bf16 or fp16."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the table here too."""
 
     def run(self) -> int:
-        engine = Engine.load(self.engine, executor=self.executor)
+        engine = Engine.load(
+            self.engine, executor=self.executor, device=self.device, dtype=self.precision
+        )
         explanation = engine.explain(*([parse_shape(self.input)] if self.input else []))
         if self.json is not None:
             write_json(self.json, explanation.to_json())

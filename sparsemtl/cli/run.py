@@ -38,6 +38,10 @@ class Run:
     """engine: images are resized to what it was compiled for; own: each keeps its size."""
     executor: str = "auto"
     """auto or native (measured on this machine), sparse (not measured) or torch."""
+    device: str = "cpu"
+    """cpu, or cuda: the whole model as one CUDA graph, layers as measured on the device."""
+    precision: str = "float32"
+    """What a CUDA device computes in: float32, bf16 or fp16."""
 
     def run(self) -> int:
         if self.size not in SIZES:
@@ -47,7 +51,9 @@ class Run:
         stems = [path.stem for path in self.images]
         if len(set(stems)) < len(stems):
             raise ValueError(f"Expected images of different names, got {sorted(stems)}")
-        engine = Engine.load(self.engine, executor=self.executor)
+        engine = Engine.load(
+            self.engine, executor=self.executor, device=self.device, dtype=self.precision
+        )
         shape = engine.input_shapes[0]
         if len(engine.input_shapes) != 1 or len(shape) != 4 or shape[1] != 3:
             raise ValueError(f"Expected an engine of one image [B, 3, H, W], got {shape}")
@@ -57,8 +63,9 @@ class Run:
             if self.size == "engine":
                 x = _resized(picture, shape[2:])
             x = normalise(x, str(engine.about.get("image_normalisation", "unit")))
+            x = x.expand(shape[0] if self.size == "engine" else 1, -1, -1, -1)
             start = time.perf_counter()
-            found = engine(x.expand(shape[0] if self.size == "engine" else 1, -1, -1, -1))
+            found = {task: y.cpu() for task, y in engine(x.to(self.device)).items()}
             seconds = time.perf_counter() - start
             self._write(path.stem, found, picture.shape[2:], engine.about)
             print(f"{path}  {1000 * seconds:.1f} ms  {', '.join(found)}")

@@ -30,19 +30,20 @@ def _machine() -> str:
     return f"{machine_key()}, {native_module().isa()}"
 
 
-def known_times(key: str) -> Times | None:
-    """Times measured before for a layer, on this machine with as many threads."""
-    full = f"{engine_file()} {_machine()} {key}"
+def known_times(key: str, machine: str | None = None) -> Times | None:
+    """Times measured before for a layer.   machine: by default this one with as many threads"""
+    machine = machine or _machine()
+    full = f"{engine_file()} {machine} {key}"
     if full not in _known:
-        found = _read(engine_file()).get(_machine(), {}).get(key)
+        found = _read(engine_file()).get(machine, {}).get(key)
         if found is not None:
             _known[full] = found
     return _known.get(full)
 
 
-def remember_times(key: str, times: Times) -> Times:
+def remember_times(key: str, times: Times, machine: str | None = None) -> Times:
     """Enter times; returns those that count, which are another's if it was first."""
-    path, machine = engine_file(), _machine()
+    path, machine = engine_file(), machine or _machine()
     try:
         times = _merge(path, machine, key, times)
     except OSError as error:

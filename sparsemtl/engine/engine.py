@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsemtl.engine.executor import EXECUTORS, Executor, make_executor
+from sparsemtl.engine.executor import EXECUTORS, Executor, OnDevice, make_executor
+from sparsemtl.engine.executors.device_cast import DeviceWeights
 from sparsemtl.engine.explain import Explanation, explain_plan
 from sparsemtl.engine.file import load_graph, physical_memory, save_graph
 from sparsemtl.engine.graph import Graph
@@ -26,6 +27,7 @@ from sparsemtl.engine.liveness import peak_bytes
 from sparsemtl.engine.passes import adapt, optimise
 from sparsemtl.engine.shapes import specialise
 from sparsemtl.engine.store import Coded, StoredGraph, densities, without_weights
+from sparsemtl.engine.target import Target, make_target
 from sparsemtl.errors import unknown_choice
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -38,6 +40,9 @@ def compile(
     example: Tensor | Sequence[Tensor] | tuple[int, ...],
     *,
     executor: str = "auto",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    copy_outputs: bool = True,
     most_plans: int = MOST_PLANS,
     about: dict[str, Any] | None = None,
 ) -> Engine:
@@ -49,19 +54,28 @@ def compile(
                 device do. Other input sizes are served too where the model's code allows it
     executor:   "auto": each layer natively or in torch, whichever was measured faster here;
                 "native": the same, never falling back; "sparse": native, nothing measured;
-                "torch": plain torch
+                "torch": plain torch; "device": what GPUs run, one call after the other
+    device:     "cuda": every layer as measured fastest there, all in one CUDA graph; default: that
+                of the model
+    dtype:      on a CUDA device, float32, bfloat16 or float16; default: the model's type
+    copy_outputs: on a CUDA device, False: outputs are the graph's own, valid until the next call
     most_plans: input sizes whose plans are kept; the least recently used goes first
     about:      plain data that is saved with the engine, such as how images are normalised
     raises:     CaptureError (a ValueError) for control flow that depends on values, naming the
-                line; BackendUnavailable for an executor asked for by name that cannot run here
+                line; BackendUnavailable for an executor or device that cannot run here
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compile: Expected model to be a module, got {type(model).__name__}")
+    target = make_target("compile", device or _home(model), dtype, copy_outputs=copy_outputs)
     from sparsemtl.engine.capture import capture  # torch.export: slow to import, not for loading
 
     graph, found = optimise(capture(model, example_inputs(model, example)))
     _own_weights(graph, model)
-    engine = Engine(graph, executor=executor, most_plans=most_plans, rewrites=found, about=about)
+    if target is not None:
+        _to_cpu(graph)
+    engine = Engine(
+        graph, executor=executor, target=target, most_plans=most_plans, rewrites=found, about=about
+    )
     engine.plan(*(graph.shape(name) for name in graph.inputs))
     return engine
 
@@ -69,7 +83,13 @@ def compile(
 class Plan:
     """A graph for one input size, with who runs it."""
 
-    def __init__(self, graph: Graph, executor: str) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        executor: str,
+        target: Target | None = None,
+        weights: DeviceWeights | None = None,
+    ) -> None:
         graph, self.rewrites = adapt(graph)
         peak = peak_bytes(graph)
         if peak > physical_memory():
@@ -78,7 +98,7 @@ class Plan:
                 f"engine: Expected an input whose values fit this machine's memory, got {shapes}, "
                 f"which needs {peak} bytes"
             )
-        self.executor: Executor = make_executor(executor, graph)
+        self.executor: Executor = make_executor(executor, graph, target, weights)
         self.densities = densities(graph)
         self.graph = without_weights(graph)  # the executor has them in its own form
 
@@ -96,6 +116,7 @@ class Engine:
         graph: Graph,
         *,
         executor: str = "auto",
+        target: Target | None = None,
         most_plans: int = MOST_PLANS,
         rewrites: dict[str, int] | None = None,
         about: dict[str, Any] | None = None,
@@ -110,13 +131,16 @@ class Engine:
         self.graph = self._stored.light
         self.rewrites = dict(rewrites or {})
         self.about = dict(about or {})
-        self._executor = executor
+        self._executor, self._target = executor, target
+        self._device_weights = DeviceWeights()
         self._most_plans = most_plans
         self._plans: OrderedDict[Shapes, Plan] = OrderedDict()
         self._lock = threading.Lock()
         self._device = next(
             (w.device for node in graph.nodes for w in node.weights.values()), torch.device("cpu")
         )
+        if target is not None:
+            self._device = target.device
 
     @property
     def tasks(self) -> list[str]:
@@ -147,12 +171,29 @@ class Engine:
                 self._plans.move_to_end(shapes)
                 return self._plans[shapes]
             graph = self._fresh or self._stored.graph()
-            plan = Plan(specialise(graph, shapes), self._executor)
+            plan = Plan(
+                specialise(graph, shapes), self._executor, self._target, self._device_weights
+            )
             self._fresh = None
             self._plans[shapes] = plan
             while len(self._plans) > self._most_plans:
                 self._plans.popitem(last=False)
             return plan
+
+    def input_buffer(self, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """The tensors that a CUDA graph reads: write into them, call with them, nothing is copied.
+
+        shapes:  default the example's
+        returns: one for each input, in the target's type, channels_last; they live as long as the
+                 plan of these shapes, and every call for these shapes writes to them
+        raises:  ValueError for an engine of the CPU, which reads its caller's tensors
+        """
+        executor = self.plan(*(shapes or self.input_shapes)).executor
+        if not isinstance(executor, OnDevice):
+            raise ValueError(
+                "engine: Expected an engine of a CUDA device for input_buffer, got one of the CPU"
+            )
+        return tuple(executor.run.inputs)
 
     def explain(self, *shapes: tuple[int, ...]) -> Explanation:
         """What runs how, layer by layer; `str` of it is a table.   shapes: default the example's"""
@@ -175,14 +216,26 @@ class Engine:
         folder: str | os.PathLike[str],
         *,
         executor: str = "auto",
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        copy_outputs: bool = True,
         most_plans: int = MOST_PLANS,
     ) -> Engine:
         """Read what `save` wrote; everything is checked before anything runs.
 
+        device, dtype, copy_outputs: as for `compile`
         raises: EngineFileError (a ValueError) naming what is wrong, an unknown version among it
         """
+        target = make_target("Engine.load", device, dtype, copy_outputs=copy_outputs)
         graph, about, coded = load_graph(Path(folder))
-        return cls(graph, executor=executor, most_plans=most_plans, about=about, coded=coded)
+        return cls(
+            graph,
+            executor=executor,
+            target=target,
+            most_plans=most_plans,
+            about=about,
+            coded=coded,
+        )
 
     def _check(self, inputs: tuple[Tensor, ...]) -> None:
         names = self.graph.inputs
@@ -194,10 +247,10 @@ class Engine:
                 raise TypeError(
                     f"engine: Expected input {name!r} to be a tensor, got {type(x).__name__}"
                 )
-            if x.dtype is not value.dtype:
-                raise TypeError(
-                    f"engine: Expected input {name!r} of dtype {value.dtype}, got {x.dtype}"
-                )
+            kinds = self._kinds(value.dtype)
+            if x.dtype not in kinds:
+                wanted = " or ".join(map(str, kinds))
+                raise TypeError(f"engine: Expected input {name!r} of dtype {wanted}, got {x.dtype}")
             if x.device != self._device:
                 raise ValueError(
                     f"engine: Expected input {name!r} on {self._device}, got {x.device}"
@@ -207,6 +260,13 @@ class Engine:
                     f"engine: Expected input {name!r} with {value.shape[1]} channels "
                     f"[B, {value.shape[1]}, H, W], got {list(x.shape)}"
                 )
+
+    def _kinds(self, declared: torch.dtype) -> tuple[torch.dtype, ...]:
+        """Types that an input may have: its own, and on a device the one that is computed in."""
+        dtype = None if self._target is None else self._target.dtype
+        if dtype in (None, declared) or not declared.is_floating_point:
+            return (declared,)
+        return (declared, dtype)  # type: ignore[return-value]
 
     def __repr__(self) -> str:
         return f"Engine(tasks={self.tasks}, inputs={self.input_shapes})"
@@ -220,6 +280,18 @@ def _own_weights(graph: Graph, model: nn.Module) -> None:
         for name, weight in node.weights.items():
             if weight.untyped_storage().data_ptr() in theirs:
                 node.weights[name] = weight.clone()
+
+
+def _home(model: nn.Module) -> torch.device | None:
+    """The model's CUDA device; None on any other."""
+    found = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return found if found.type == "cuda" else None
+
+
+def _to_cpu(graph: Graph) -> None:
+    """Weights where they can be coded and saved; plans bring them to the device."""
+    for node in graph.nodes:
+        node.weights = {name: weight.cpu() for name, weight in node.weights.items()}
 
 
 def example_inputs(

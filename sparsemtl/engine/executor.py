@@ -9,11 +9,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sparsemtl.engine.executors.device import DeviceExecutor
+from sparsemtl.engine.executors.device_cast import DeviceWeights
 from sparsemtl.engine.executors.support import why_not
 from sparsemtl.engine.executors.torch import TorchExecutor
 from sparsemtl.engine.graph import Graph, Node
 from sparsemtl.engine.liveness import peak_bytes
 from sparsemtl.engine.select import DENSE, Selection, executor_of, select
+from sparsemtl.engine.target import Target
 from sparsemtl.ops.availability import why_not_native
 from sparsemtl.ops.dispatch import BackendUnavailable
 
@@ -22,7 +25,7 @@ from sparsemtl.ops.dispatch import BackendUnavailable
 class Choice:
     """How a node runs.
 
-    runs_as:    "torch", "native", or a form of the native executor
+    runs_as:    "torch", "native", or a form of the native or the device executor
     because:    why, in words
     candidates: seconds of each form that was timed
     """
@@ -36,7 +39,10 @@ class Executor(Protocol):
     """Runs one graph; any number of threads may call it at once.
 
     peak_bytes: memory for values in one call
+    where:      device, type and whether as one graph, in words; empty on the CPU
     """
+
+    where: str
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
         """The graph's outputs.   inputs: as the graph declares them"""
@@ -53,6 +59,8 @@ class Executor(Protocol):
 class PlainTorch:
     """Every node through torch, as the op's meaning is written."""
 
+    where = ""
+
     def __init__(self, graph: Graph) -> None:
         self._run = TorchExecutor(graph)
         self.peak_bytes = peak_bytes(graph)
@@ -66,6 +74,8 @@ class PlainTorch:
 
 class Selected:
     """Each layer as measured on this machine: the native core, or torch where it is faster."""
+
+    where = ""
 
     def __init__(self, graph: Graph, mode: str) -> None:
         self._selection: Selection = select(graph, mode)
@@ -94,21 +104,48 @@ class Selected:
         return Choice("torch" if layer.choice == DENSE else layer.choice, layer.reason, candidates)
 
 
+class OnDevice:
+    """One CUDA graph of a target's device; on the CPU, the same calls one by one."""
+
+    def __init__(self, graph: Graph, target: Target, weights: DeviceWeights | None) -> None:
+        self.run = DeviceExecutor(graph, target, weights)
+        self.peak_bytes, self.where = self.run.peak_bytes, self.run.where
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        return self.run(*inputs)
+
+    def choice(self, node: Node) -> Choice:
+        runs_as, because, candidates = self.run.runs_as(node)
+        return Choice(runs_as, because, dict(candidates))
+
+
 EXECUTORS: dict[str, Callable[[Graph], Executor]] = {
     "auto": lambda graph: Selected(graph, "measured") if _fits(graph) else PlainTorch(graph),
     "native": lambda graph: Selected(_checked(graph), "measured"),
     "sparse": lambda graph: Selected(_checked(graph), "sparse"),
     "torch": PlainTorch,
+    "device": lambda graph: OnDevice(graph, Target(torch.device("cpu")), None),
 }
 
 
-def make_executor(name: str, graph: Graph) -> Executor:
+def make_executor(
+    name: str, graph: Graph, target: Target | None = None, weights: DeviceWeights | None = None
+) -> Executor:
     """An executor for a graph.
 
-    name:   a key of EXECUTORS
-    raises: BackendUnavailable for one asked for by name that cannot run here
+    name:    a key of EXECUTORS
+    target:  a device and type; then "auto" is "device"
+    weights: on the device already, of the engine's other plans
+    raises:  BackendUnavailable for one asked for by name that cannot run here
     """
-    return EXECUTORS[name](graph)
+    if target is None:
+        return EXECUTORS[name](graph)
+    if name in ("auto", "device"):
+        return OnDevice(graph, target, weights)
+    raise BackendUnavailable(
+        f"engine cannot run on {name!r}: it computes on the CPU, and {target.device} was asked "
+        "for. Choose executor='device', or leave it open"
+    )
 
 
 def _fits(graph: Graph) -> bool:

@@ -44,6 +44,7 @@ class Explanation:
     """What a plan does; `str` of it is a plain table.
 
     rewrites: pass → how much it changed
+    where: on which device, in which type and whether as one graph; empty for the CPU executors
     through_torch: operators that torch runs, in order
     """
 
@@ -51,6 +52,7 @@ class Explanation:
     rewrites: dict[str, int]
     inputs: tuple[tuple[int, ...], ...]
     peak_bytes: int
+    where: str = ""
 
     @property
     def through_torch(self) -> list[str]:
@@ -67,6 +69,7 @@ class Explanation:
             "inputs": inputs,
             "rewrites": self.rewrites,
             "peak_bytes": self.peak_bytes,
+            "where": self.where,
             "through_torch": self.through_torch,
             "layers": rows,
         }
@@ -80,6 +83,7 @@ class Explanation:
         return "\n".join(
             [
                 f"inputs {', '.join('x'.join(map(str, shape)) for shape in self.inputs)}",
+                *([f"runs on {self.where}"] if self.where else []),
                 *lines,
                 f"rewritten  {changed or 'nothing'}",
                 f"memory     {self.peak_bytes / 1e6:.1f} MB for values at most",
@@ -96,6 +100,7 @@ def explain_plan(plan: Plan, rewrites: dict[str, int]) -> Explanation:
         {**rewrites, **plan.rewrites},
         tuple(graph.shape(name) for name in graph.inputs),
         plan.peak_bytes,
+        plan.executor.where,
     )
 
 

@@ -96,3 +96,11 @@ def _why_not_interpreted(tensor: Tensor | None) -> str | None:
     if tensor.dtype not in (torch.float32, torch.float16):
         return f"weight is {tensor.dtype}, the interpreter is right for float32 and float16 only"
     return None
+
+
+def launch_errors() -> tuple[type[Exception], ...]:
+    """What a kernel that a device cannot run raises: torch's errors, and Triton's own."""
+    if _no_triton() is not None:
+        return (RuntimeError,)
+    errors: Any = importlib.import_module("triton.errors")
+    return (RuntimeError, errors.TritonError)

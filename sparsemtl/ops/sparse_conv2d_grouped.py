@@ -6,8 +6,9 @@ most of a GPU idle at small batches. Inputs, weights, biases and dilations may d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from sparsemtl.ops.block_pattern import BlockPattern
@@ -24,6 +25,32 @@ from sparsemtl.ops.sparse_conv2d_triton import (
 )
 
 ALIGNMENT = 16  # bytes; what the kernel is compiled for
+Rows = tuple[tuple[int, ...], ...]
+
+
+class LateTable:
+    """The table of one launch in a CUDA graph, whose addresses are known only while capturing.
+
+    Nothing may be copied to the device then: the launch is given memory that was there before, and
+    `write` fills it once the capture has ended. Outside of captures it is filled at once.
+    """
+
+    def __init__(self) -> None:
+        self._rows: Rows = ()
+        self._table: Tensor | None = None
+
+    def __call__(self, rows: Rows, device: torch.device) -> Tensor:
+        if self._table is None:
+            self._table = torch.zeros(len(rows), len(rows[0]), dtype=torch.int64, device=device)
+        self._rows = rows
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            self.write()
+        return self._table
+
+    def write(self) -> None:
+        """Write the rows of the last launch."""
+        if self._table is not None:
+            self._table.copy_(torch.tensor(self._rows, dtype=torch.int64))
 
 
 def conv_branches(
@@ -35,6 +62,7 @@ def conv_branches(
     residuals: Sequence[Tensor] | None = None,
     activation: str | None = None,
     tile: Tile | None = None,
+    table: Callable[[Rows, torch.device], Tensor] | None = None,
 ) -> list[Tensor]:
     """act(conv2d(x, weight) + bias + residual) of every branch.
 
@@ -42,6 +70,7 @@ def conv_branches(
     weights:    n tensors [K, C / groups, kh, kw] of one shape, of x's type
     geometries: n, alike but for dilation and padding; outputs must have one size
     biases, residuals: n tensors [K], n like the outputs; or None
+    table:      brings rows of addresses to the device; by default through pinned memory
     returns:    n tensors [B, K, OH, OW], channels_last
     raises:     ValueError where the branches differ otherwise, or memory is not aligned
     """
@@ -74,7 +103,7 @@ def conv_branches(
         "ACTIVATION": ACTIVATIONS[activation],
     }
     sparse_conv2d_grouped(
-        device_table(tuple(rows), x.device),
+        (table or device_table)(tuple(rows), x.device),
         max(len(order.classes) for order in orders),
         x.dtype,
         lists[0],

@@ -57,11 +57,13 @@ def test_random_configurations_equal_torch(place):
     model = randomise(build_model(config, tasks), 0.0, seed=place)
     prune(model, structure, sparsity, place)
     engine = sparsemtl.compile(model, shape, executor="sparse")
+    on_device = Engine(engine._stored.graph(), executor="device")
     for size in (shape, (shape[0] + 1, 3, shape[3], shape[2])):
         x = torch.randn(size)
         expected = expected_of(model, x)
         assert all(bool(value.isfinite().all()) for value in expected.values())
         assert_close_tasks(engine(x), expected)
+        assert_close_tasks(on_device(x), expected)
 
 
 @pytest.mark.parametrize("network", [TwoHeads, TimmStyle, Standardised])
