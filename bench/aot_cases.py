@@ -9,6 +9,7 @@ import torch
 
 Case = tuple[str, object, list[object], dict[str, object]]
 I32, I64, F32 = torch.int32, torch.int64, torch.float32
+GROUPS = ((64, 128), (64, 64), (32, 32), (16, 16), (8, 1), (3, 5), (1, 512 * 9))
 
 
 def cases() -> Iterator[Case]:
@@ -19,36 +20,68 @@ def cases() -> Iterator[Case]:
     yield from weight_gradients()
 
 
+def value_types() -> Iterator[tuple[torch.dtype, torch.dtype]]:
+    """Storage types of weights and of their values that are used together."""
+    for dtype in (F32, torch.bfloat16, torch.float16):
+        yield dtype, dtype
+    yield F32, torch.bfloat16
+    yield F32, torch.float16
+
+
 def elementwise() -> Iterator[Case]:
     from sparsemtl.kernels import soft_threshold as st
     from sparsemtl.kernels import threshold_adam as ta
+    from sparsemtl.kernels.shared import TYPES, group_shape
     from sparsemtl.ops.soft_threshold_backends import TRITON_BLOCK
+    from sparsemtl.ops.threshold_adam_backends import LARGEST_GROUP
 
     tables: list[object] = [I64] * 4  # addresses, sizes, owners, starts
-    for dtype, triton_type in st.TYPES.items():
-        options = {"DTYPE": triton_type, "BP": TRITON_BLOCK, "num_warps": 4}
-        name = f"soft_threshold_fwd/{str(dtype)[6:]}"
+    for dtype, values in value_types():
+        types = {"DTYPE": TYPES[dtype], "VALUES": TYPES[values]}
+        options = {"BP": TRITON_BLOCK, "num_warps": 4, "ALIGNED": True}
+        tail = f"{str(dtype)[6:]}-{str(values)[6:]}"
         arguments = [*tables, F32, I64, 12]
-        for kind, count, mask in (("plain", 0, 0), ("count", 1, 0), ("mask", 1, 1)):
-            flags = {"COUNT": bool(count), "MASK": bool(mask)}
-            yield f"{name}/{kind}", st.soft_threshold_fwd_kernel, arguments, {**options, **flags}
-        name = f"soft_threshold_bwd/{str(dtype)[6:]}"
-        yield name, st.soft_threshold_bwd_kernel, [*tables, F32, F32, 12], options
+        kinds = [("plain", 0, 0, 1), ("narrow", 0, 0, 0), ("count", 1, 0, 1), ("mask", 1, 1, 1)]
+        for kind, count, mask, wide in kinds:
+            flags = {"COUNT": bool(count), "MASK": bool(mask), "ALIGNED": bool(wide)}
+            name = f"soft_threshold_fwd/{tail}/{kind}"
+            flags = {**options, **types, **flags}
+            yield name, st.soft_threshold_fwd_kernel, arguments, flags
+        name = f"soft_threshold_bwd/{tail}"
+        yield name, st.soft_threshold_bwd_kernel, [*tables, F32, F32, 12], {**options, **types}
+        for rows, columns in ((64, 64), (32, 32), (16, 16)):
+            shape = group_shape(rows, columns)
+            name = f"soft_threshold_tiles/{tail}/{rows}x{columns}"
+            flags = {"ROWS": rows, "COLS": columns, **types, **shape}
+            yield name, st.soft_threshold_tiles_kernel, [I64, I64, I64, F32], flags
+        if dtype is not F32:
+            continue
         arguments = [*tables, F32, I64, F32, I64, 12]
-        for kind, threshold, mask in (("adam", 0, 0), ("threshold", 1, 0), ("mask", 1, 1)):
-            flags = {"THRESHOLD": bool(threshold), "MASK": bool(mask)}
-            name = f"threshold_adam/{str(dtype)[6:]}/{kind}"
-            yield name, ta.threshold_adam_kernel, arguments, {**options, **flags}
+        kinds = [("adam", 0, 0, 1), ("threshold", 1, 0, 1), ("mask", 1, 1, 1), ("narrow", 1, 1, 0)]
+        for kind, threshold, mask, wide in kinds:
+            flags = {"THRESHOLD": bool(threshold), "MASK": bool(mask), "ALIGNED": bool(wide)}
+            name = f"threshold_adam/{str(values)[6:]}/{kind}"
+            flags = {**options, "DTYPE": TYPES[values], **flags}
+            yield name, ta.threshold_adam_kernel, arguments, flags
+        for rows, columns in GROUPS:
+            shape = group_shape(rows, columns)
+            if shape["PR"] * shape["PC"] > LARGEST_GROUP:
+                continue
+            name = f"threshold_adam_groups/{str(values)[6:]}/{rows}x{columns}"
+            flags = {"ROWS": rows, "COLS": columns, "DTYPE": TYPES[values], **shape}
+            given: list[object] = [I64, I64, I64, F32, F32, I64]
+            yield name, ta.threshold_adam_groups_kernel, given, flags
 
 
 def group_thresholds() -> Iterator[Case]:
     from sparsemtl.kernels import group_threshold as gt
+    from sparsemtl.kernels.shared import TYPES, group_shape
 
-    for dtype, triton_type in gt.TYPES.items():
-        for rows, columns in ((64, 128), (64, 64), (32, 32), (8, 1), (3, 5), (1, 512 * 9)):
-            shape = gt.launch_shape(rows, columns)
-            options = {"ROWS": rows, "DTYPE": triton_type, **shape}
-            name = f"{str(dtype)[6:]}/{rows}x{columns}"
+    for dtype, values in value_types():
+        for rows, columns in GROUPS:
+            shape = group_shape(rows, columns)
+            options = {"ROWS": rows, "DTYPE": TYPES[dtype], "VALUES": TYPES[values], **shape}
+            name = f"{str(dtype)[6:]}-{str(values)[6:]}/{rows}x{columns}"
             given: list[object] = [I64, I64, I64, F32]
             forward, backward = gt.group_threshold_fwd_kernel, gt.group_threshold_bwd_kernel
             yield f"group_threshold_fwd/{name}", forward, [*given], {**options, "COLS": columns}
@@ -81,7 +114,8 @@ def strides(source: int, dest: int) -> list[object]:
 
 def convolutions() -> Iterator[Case]:
     from sparsemtl.kernels import sparse_conv2d as kernels
-    from sparsemtl.ops.sparse_conv2d_triton import RAGGED, tiles_of
+    from sparsemtl.kernels.shared import TYPES
+    from sparsemtl.ops.sparse_conv2d_tiles import RAGGED, tiles_of
 
     tables: list[object] = [I32, I32, I64, I32, I32, I32, I32, F32, I64]
     plain = {"SPLIT": 1, "WHOLE": True, "BIAS": True, "RESIDUAL": True, "ACTIVATION": 1}
@@ -101,7 +135,7 @@ def convolutions() -> Iterator[Case]:
         jobs += [(ragged if k == "ragged" else tiles[0], k, v) for k, v in variants.items()]
         for tile, kind, change in jobs:
             options = {"KW": 3, "BM": tile.pixels, "BN": tile.dest, "BK": tile.source}
-            options |= {"PRECISION": products, "DTYPE": kernels.TYPES[dtype]}
+            options |= {"PRECISION": products, "DTYPE": TYPES[dtype]}
             options |= {"num_warps": tile.warps, "num_stages": tile.stages}
             source, dest = (500, 1000) if kind == "ragged" else (512, 1024)
             numbers = [*sizes(source, dest, tile), *strides(source, dest), 6, 1, 6, 1, 41, 1]
@@ -126,8 +160,8 @@ def convolutions() -> Iterator[Case]:
 
 
 def weight_gradients() -> Iterator[Case]:
-    from sparsemtl.kernels import sparse_conv2d as kernels
-    from sparsemtl.ops.sparse_conv2d_triton import tiles_of
+    from sparsemtl.kernels import sparse_conv2d_weight_grad as kernels
+    from sparsemtl.ops.sparse_conv2d_tiles import tiles_of
 
     tables: list[object] = [I32, I32, I64, I32, I32, I32, I32, F32]
     for dtype, products, name in precisions():
@@ -137,9 +171,9 @@ def weight_gradients() -> Iterator[Case]:
             tile_name = f"{name}/{'x'.join(map(str, astuple(tile)))}"
             source, dest, r, q, capacity, groups = sizes(512, 1024, tile)
             panels = -(-capacity // tile.panel)
-            kinds = {"plain": (1, False)}
+            kinds = {"plain": (1, 0), "elements": (1, 1), "groups": (1, 2)}
             if place == 0:
-                kinds |= {"threshold": (1, True), "split": (4, False)}
+                kinds["split"] = (4, 0)
             for kind, (split, threshold) in kinds.items():
                 numbers = [source, dest, r, q, capacity, panels, 420, groups]
                 numbers += [*strides(512, 1024), 6, 1, 6, 1, 41, 1]
@@ -147,14 +181,15 @@ def weight_gradients() -> Iterator[Case]:
                 yield (
                     f"sparse_conv2d_weight_grad/{tile_name}/{kind}",
                     kernels.sparse_conv2d_weight_grad_kernel,
-                    [*[dtype] * 3, F32, F32, F32, *tables, *numbers],
+                    [dtype, dtype, F32 if threshold else dtype, F32, F32, F32, *tables, *numbers],
                     {"KW": 3, "BM": tile.pixels, **blocks, **flags, **launch},
                 )
             sums: list[object] = [F32, dtype, F32, F32, F32, I32, I32]
             for split in (2, 4, 8) if place == 0 else ():
+                kind = 2 if split == 4 else 1
                 yield (
                     f"sparse_conv2d_weight_grad_sum/{tile_name}/{split}",
                     kernels.sparse_conv2d_weight_grad_sum_kernel,
                     [*sums, source, dest, r, q, capacity, panels, groups, *strides(512, 1024)],
-                    {**blocks, "SPLIT": split, "THRESHOLD": True, "num_warps": tile.warps},
+                    {**blocks, "SPLIT": split, "THRESHOLD": kind, "num_warps": tile.warps},
                 )

@@ -22,6 +22,7 @@ from sparsemtl.ops import sparse_conv2d_triton as on_gpu
 from sparsemtl.ops.block_pattern import BlockPattern
 from sparsemtl.ops.sparse_conv2d_pixels import pixel_order
 from sparsemtl.ops.sparse_conv2d_plan import Geometry
+from sparsemtl.ops.sparse_conv2d_tiles import Tile, fitted, tiles_of
 
 RATES = (6, 12, 18, 24)
 COPY, PEAK = 4.3e12, 790e12  # bytes and bfloat16 FLOP per second of an H200, assumed for floors
@@ -93,12 +94,12 @@ def agree(found: Tensor, expected: Tensor, what: str) -> None:
 
 
 def candidates(
-    s: Setting, kind: str, grad: bool, call: Callable[[on_gpu.Tile], object], block, dims
+    s: Setting, kind: str, grad: bool, call: Callable[[Tile], object], block, dims
 ) -> dict[str, Callable[[], object]]:
     """One call for each tile that fits, named by it."""
     found: dict[str, Callable[[], object]] = {}
-    for tile in on_gpu.tiles_of(s.dtype, grad=grad)[: 1 if s.small else None]:
-        fit = on_gpu.fitted(tile, *dims, block)
+    for tile in tiles_of(s.dtype, grad=grad)[: 1 if s.small else None]:
+        fit = fitted(tile, *dims, block)
         name = f"{kind} {fit.pixels}x{fit.dest}x{fit.source}x{fit.panel}"
         found.setdefault(name, lambda fit=fit: call(fit))
     return found

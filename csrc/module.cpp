@@ -74,22 +74,23 @@ void bind_cuda(py::module_& m) {
   m.attr("SOFT_THRESHOLD_CUDA_CHUNK") = cuda::kSoftThresholdChunk;
   m.def(
       "soft_threshold_forward_cuda",
-      [](int dtype, const Addresses& weights, const Sizes& sizes, const Addresses& outs,
+      [](int dtype, int values, const Addresses& weights, const Sizes& sizes, const Addresses& outs,
          uintptr_t alpha, uintptr_t stream) {
-        cuda::soft_threshold_forward(static_cast<DType>(dtype), weights, sizes, outs, alpha,
-                                     stream);
+        cuda::soft_threshold_forward(static_cast<DType>(dtype), static_cast<DType>(values), weights,
+                                     sizes, outs, alpha, stream);
       },
-      py::arg("dtype"), py::arg("weights"), py::arg("sizes"), py::arg("outs"), py::arg("alpha"),
-      py::arg("stream"), Unlocked());
+      py::arg("dtype"), py::arg("values"), py::arg("weights"), py::arg("sizes"), py::arg("outs"),
+      py::arg("alpha"), py::arg("stream"), Unlocked());
   m.def(
       "soft_threshold_backward_cuda",
-      [](int dtype, const Addresses& weights, const Sizes& sizes, const Addresses& grads,
-         const Addresses& grad_weights, uintptr_t alpha, uintptr_t sums, uintptr_t grad_alpha,
-         uintptr_t stream) {
-        cuda::soft_threshold_backward(static_cast<DType>(dtype), weights, sizes, grads,
-                                      grad_weights, alpha, sums, grad_alpha, stream);
+      [](int dtype, int values, const Addresses& weights, const Sizes& sizes,
+         const Addresses& grads, const Addresses& grad_weights, uintptr_t alpha, uintptr_t sums,
+         uintptr_t grad_alpha, uintptr_t stream) {
+        cuda::soft_threshold_backward(static_cast<DType>(dtype), static_cast<DType>(values),
+                                      weights, sizes, grads, grad_weights, alpha, sums, grad_alpha,
+                                      stream);
       },
-      py::arg("dtype"), py::arg("weights"), py::arg("sizes"), py::arg("grads"),
+      py::arg("dtype"), py::arg("values"), py::arg("weights"), py::arg("sizes"), py::arg("grads"),
       py::arg("grad_weights"), py::arg("alpha"), py::arg("sums"), py::arg("grad_alpha"),
       py::arg("stream"), Unlocked());
 }

@@ -10,16 +10,25 @@ P: weights of one tensor. n: tensors. N: blocks of all tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device_table
-
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+from . import device_table, launch
+from .shared import (
+    TYPES,
+    aligned,
+    block_place,
+    block_table,
+    group_places,
+    group_row,
+    group_shape,
+    program_table,
+    shrunk,
+    store_bits,
+    tensor_at,
+)
 
 
 @triton.jit
@@ -32,31 +41,26 @@ def soft_threshold_fwd_kernel(
     p_live,  # [N] int64
     n,
     DTYPE: tl.constexpr,
+    VALUES: tl.constexpr,  # storage type of the values
     BP: tl.constexpr,
     COUNT: tl.constexpr,
     MASK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """s = sign(w) · max(|w| − α, 0), and with COUNT the live weights, with MASK a bit for each."""
-    i_b = tl.program_id(0).to(tl.int64)
-    i_t = tl.load(p_owners + i_b)
-    P = tl.load(p_sizes + i_t)
-    o_p = tl.load(p_starts + i_b) + tl.arange(0, BP)  # [BP]
+    i_t, i_first, o_p, P = block_place(p_owners, p_starts, p_sizes, BP, ALIGNED)
     m_p = o_p < P
-    p_w = tl.load(p_addresses + i_t).to(tl.pointer_type(DTYPE))
-    p_s = tl.load(p_addresses + n + i_t).to(tl.pointer_type(DTYPE))
-    b_alpha = tl.load(p_alpha)
+    p_w = tensor_at(p_addresses + i_t, DTYPE, ALIGNED)
+    p_s = tensor_at(p_addresses + n + i_t, VALUES, ALIGNED)
     b_w = tl.load(p_w + o_p, mask=m_p, other=0.0).to(tl.float32)  # [BP]
-    m_dead = tl.abs(b_w) <= b_alpha
-    b_s = tl.where(m_dead, 0.0, tl.where(b_w < 0, b_w + b_alpha, b_w - b_alpha))
-    tl.store(p_s + o_p, b_s.to(DTYPE), mask=m_p)
+    b_s, m_dead = shrunk(b_w, tl.load(p_alpha))
+    tl.store(p_s + o_p, b_s.to(VALUES), mask=m_p)
     if COUNT:
         b_alive = tl.where(m_dead | (o_p >= P), 0, 1)  # [BP]
-        tl.store(p_live + i_b, tl.sum(b_alive.to(tl.int64)))
+        tl.store(p_live + tl.program_id(0), tl.sum(b_alive.to(tl.int64)))
         if MASK:
             p_m = tl.load(p_addresses + 2 * n + i_t).to(tl.pointer_type(tl.uint8))
-            b_bits = tl.reshape(b_alive, (BP // 8, 8)) << tl.arange(0, 8)[None, :]
-            o_m = tl.load(p_starts + i_b) // 8 + tl.arange(0, BP // 8)  # [BP / 8]
-            tl.store(p_m + o_m, tl.sum(b_bits, axis=1).to(tl.uint8), mask=o_m * 8 < P)
+            store_bits(p_m, b_alive, i_first, P, BP)
 
 
 @triton.jit
@@ -69,24 +73,52 @@ def soft_threshold_bwd_kernel(
     p_partials,  # [N] float32
     n,
     DTYPE: tl.constexpr,
+    VALUES: tl.constexpr,  # storage type of the gradients that come in
     BP: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """gw = g · B and partial = Σ g · sign(w) · B over one block, with B = not |w| ≤ α."""
-    i_b = tl.program_id(0).to(tl.int64)
-    i_t = tl.load(p_owners + i_b)
-    P = tl.load(p_sizes + i_t)
-    o_p = tl.load(p_starts + i_b) + tl.arange(0, BP)  # [BP]
+    i_t, _, o_p, P = block_place(p_owners, p_starts, p_sizes, BP, ALIGNED)
     m_p = o_p < P
-    p_w = tl.load(p_addresses + i_t).to(tl.pointer_type(DTYPE))
-    p_g = tl.load(p_addresses + n + i_t).to(tl.pointer_type(DTYPE))
-    p_gw = tl.load(p_addresses + 2 * n + i_t).to(tl.pointer_type(DTYPE))
-    b_alpha = tl.load(p_alpha)
+    p_w = tensor_at(p_addresses + i_t, DTYPE, ALIGNED)
+    p_g = tensor_at(p_addresses + n + i_t, VALUES, ALIGNED)
+    p_gw = tensor_at(p_addresses + 2 * n + i_t, DTYPE, ALIGNED)
     b_w = tl.load(p_w + o_p, mask=m_p, other=0.0).to(tl.float32)  # [BP]
     b_g = tl.load(p_g + o_p, mask=m_p, other=0.0).to(tl.float32)  # [BP]
-    b_gw = tl.where(tl.abs(b_w) <= b_alpha, 0.0, b_g)
+    b_gw = tl.where(tl.abs(b_w) <= tl.load(p_alpha), 0.0, b_g)
     tl.store(p_gw + o_p, b_gw.to(DTYPE), mask=m_p)
     b_signed = tl.where(b_w < 0, -b_gw, tl.where(b_w > 0, b_gw, 0.0))  # sign(NaN) = 0, as in torch
-    tl.store(p_partials + i_b, tl.sum(b_signed))  # one per block: no atomics
+    tl.store(p_partials + tl.program_id(0), tl.sum(b_signed))  # one per block: no atomics
+
+
+@triton.jit
+def soft_threshold_tiles_kernel(
+    p_table,  # [n, 11] int64: weights, values, live counts, norms, sizes and strides
+    p_owners,  # [N] int64
+    p_firsts,  # [N] int64
+    p_alpha,  # [] float32
+    ROWS: tl.constexpr,
+    COLS,
+    DTYPE: tl.constexpr,
+    VALUES: tl.constexpr,
+    BT: tl.constexpr,
+    PR: tl.constexpr,
+    PC: tl.constexpr,
+):
+    """s of single weights, and for each tile how many are alive and ‖W_g‖ of all of them."""
+    i_b = tl.program_id(0).to(tl.int64)
+    p_row = p_table + tl.load(p_owners + i_b) * 11
+    i_first = tl.load(p_firsts + i_b).to(tl.int32)
+    o_w, m_w, _, o_n, m_g = group_places(p_row, i_first, ROWS, COLS, 4, BT, PR, PC)
+    p_w = tensor_at(p_row, DTYPE, False)
+    p_s = tensor_at(p_row + 1, VALUES, False)
+    b_w = tl.load(p_w + o_w, mask=m_w, other=0.0).to(tl.float32)  # [BT, PR, PC]
+    b_s, m_dead = shrunk(b_w, tl.load(p_alpha))
+    tl.store(p_s + o_w, b_s.to(VALUES), mask=m_w)
+    b_alive = tl.where(m_dead | (m_w == 0), 0, 1)
+    tl.store(tensor_at(p_row + 2, tl.int32, False) + o_n, tl.sum(tl.sum(b_alive, 2), 1), mask=m_g)
+    b_norm = tl.sqrt_rn(tl.sum(tl.sum(b_w * b_w, 2), 1))  # [BT]
+    tl.store(tensor_at(p_row + 3, tl.float32, False) + o_n, b_norm, mask=m_g)
 
 
 def soft_threshold_fwd(
@@ -99,17 +131,21 @@ def soft_threshold_fwd(
 ) -> None:
     """Fill the outputs.
 
-    weights, values: n dense tensors [P] of one storage type, laid out alike   alpha: one value
-    live: [N] int64, live weights of each block   masks: n tensors [⌈P / 8⌉] uint8, needs live
+    weights, values: n dense tensors [P], laid out alike, of one storage type each   alpha: one
+    value   live: [N] int64, live weights of each block   masks: n tensors [⌈P / 8⌉] uint8, needs
+    live
     """
     owners, starts, sizes = block_table(tuple(w.numel() for w in weights), BP, alpha.device)
     if len(owners) == 0:
         return
-    addresses = _addresses([weights, values, masks or values], alpha.device)
-    tables = (addresses, sizes, owners, starts, alpha.float(), owners if live is None else live)
-    options = {"DTYPE": TYPES[weights[0].dtype], "BP": BP, "num_warps": 4}
-    soft_threshold_fwd_kernel[(len(owners),)](
-        *tables, len(weights), COUNT=live is not None, MASK=bool(masks), **options
+    launch(
+        soft_threshold_fwd_kernel,
+        (len(owners),),
+        *(_addresses([weights, values, masks or values], alpha), sizes, owners, starts),
+        *(alpha.float(), owners if live is None else live, len(weights)),
+        COUNT=live is not None,
+        MASK=bool(masks),
+        **_options(weights, values, BP, aligned(weights, values)),
     )
 
 
@@ -123,32 +159,63 @@ def soft_threshold_bwd(
 ) -> None:
     """Fill the last two outputs.
 
-    weights, grads, grad_weights: n dense tensors [P] of one storage type, laid out alike
-    alpha: one value   partials: [N] float32, in tensor and block order
+    weights, grad_weights: n dense tensors [P] of one storage type   grads: n like them, of one
+    type, laid out alike   alpha: one value   partials: [N] float32, in tensor and block order
     """
     owners, starts, sizes = block_table(tuple(w.numel() for w in weights), BP, alpha.device)
     if len(owners) == 0:
         return
-    addresses = _addresses([weights, grads, grad_weights], alpha.device)
-    soft_threshold_bwd_kernel[(len(owners),)](
-        *(addresses, sizes, owners, starts, alpha.float(), partials, len(weights)),
-        DTYPE=TYPES[weights[0].dtype],
-        BP=BP,
-        num_warps=4,
+    launch(
+        soft_threshold_bwd_kernel,
+        (len(owners),),
+        *(_addresses([weights, grads, grad_weights], alpha), sizes, owners, starts),
+        *(alpha.float(), partials, len(weights)),
+        **_options(weights, grads, BP, aligned(weights, grads, grad_weights)),
     )
 
 
-@lru_cache(maxsize=256)  # a model has few components, and their sizes do not change
-def block_table(
-    sizes: tuple[int, ...], BP: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Owner and start of every block, [N] each, and the sizes, [n]; int64 on the device."""
-    blocks = torch.tensor([-(-size // BP) for size in sizes])  # [n]
-    owners = torch.repeat_interleave(torch.arange(len(sizes)), blocks)
-    firsts = torch.cumsum(blocks, 0) - blocks
-    starts = (torch.arange(len(owners)) - firsts[owners]) * BP
-    return owners.to(device), starts.to(device), torch.tensor(sizes).to(device)
+def soft_threshold_tiles(
+    weights: Sequence[Tensor],
+    alpha: Tensor,
+    values: Sequence[Tensor],
+    live: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    tile: tuple[int, int],
+) -> None:
+    """Fill the outputs.
+
+    weights, values: n dense tensors [K, C] or [K, C, kh, kw], laid out alike, of one type each
+    live: n tensors [R, Q, T] int32   norms: the same, float32   tile: rows, columns, both ≥ 1
+    """
+    filled = [i for i, weight in enumerate(weights) if weight.numel() > 0]
+    if not filled:
+        return
+    given = (weights, values, live, norms)
+    rows = [
+        (*(ts[i].data_ptr() for ts in given), *group_row(weights[i], tile[1], False))
+        for i in filled
+    ]
+    shape = group_shape(*tile)
+    counts = tuple(-(-row[4] // tile[0]) * row[6] * row[7] for row in rows)
+    owners, firsts = program_table(counts, shape["BT"], alpha.device)
+    launch(
+        soft_threshold_tiles_kernel,
+        (len(owners),),
+        *(device_table(tuple(rows), alpha.device), owners, firsts, alpha.float()),
+        ROWS=tile[0],
+        COLS=tile[1],
+        DTYPE=TYPES[weights[0].dtype],
+        VALUES=TYPES[values[0].dtype],
+        **shape,
+    )
 
 
-def _addresses(groups: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
-    return device_table(tuple(tuple(t.data_ptr() for t in ts) for ts in groups), device)
+def _options(
+    weights: Sequence[Tensor], values: Sequence[Tensor], BP: int, wide: bool
+) -> dict[str, object]:
+    types = {"DTYPE": TYPES[weights[0].dtype], "VALUES": TYPES[values[0].dtype]}
+    return {**types, "BP": BP, "ALIGNED": wide, "num_warps": 4}
+
+
+def _addresses(groups: Sequence[Sequence[Tensor]], alpha: Tensor) -> Tensor:
+    return device_table(tuple(tuple(t.data_ptr() for t in ts) for ts in groups), alpha.device)

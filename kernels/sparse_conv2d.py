@@ -4,7 +4,8 @@ Tensors are NHWC. One kernel serves three uses: with full lists it is the dense 
 convolution that skips padding taps, with shorter ones the block-sparse convolution, and on
 transposed lists, reading the output's gradient, the input gradient. Pixels come in an order in
 which those that read the same taps are neighbours, so that a tile skips taps that read only
-padding. sparsemtl/ops/sparse_conv2d_pixels.py makes the order, block_pattern.py the lists.
+padding. sparsemtl/ops/sparse_conv2d_pixels.py makes the order, block_pattern.py the lists. The
+weight gradient stands in sparse_conv2d_weight_grad.py.
 
 S, N: source and destination channels of a group. M: pixels in tile order. Q, R: blocks of source
 channels of a group, of destination channels of all groups. T: taps. An entry is tap · Q + block.
@@ -19,6 +20,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from . import launch
+from .shared import TYPES
 
 
 class Pixels(NamedTuple):
@@ -37,15 +41,6 @@ class Lists(NamedTuple):
     entries: Tensor  # [classes, R, T · Q] int32, the live ones first
     counts: Tensor  # [classes, R] int32
     rows: Tensor  # [R] int32, blocks in the order of falling work
-
-
-class Panels(NamedTuple):
-    """For the weight gradient: live entries of each row by the panel, and the tiles of pixels."""
-
-    entries: Tensor  # [R, T · Q] int32, the live ones first
-    counts: Tensor  # [R] int32
-    tile_lists: Tensor  # [R, panels, tiles] int32
-    tile_counts: Tensor  # [R, panels] int32
 
 
 class Channels(NamedTuple):
@@ -79,11 +74,8 @@ class Epilogue(NamedTuple):
     activation: int = 0  # 0 none, 1 relu, 2 relu6
 
 
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
 @triton.jit
-def _tap_offset(tap, dil_y, div_y, dil_x, div_x, pitch, sign, KW: tl.constexpr):
+def tap_offset(tap, dil_y, div_y, dil_x, div_x, pitch, sign, KW: tl.constexpr):
     """Source pixels between a destination pixel's base and what its tap reads."""
     return (tap // KW * dil_y // div_y) * pitch + (tap % KW * dil_x // div_x) * sign
 
@@ -191,7 +183,7 @@ def sparse_conv2d_kernel(
         entry = tl.load(p_list + i)
         tap = entry // Q
         o_s = (entry % Q) * BK + o_k  # [BK], within the group
-        offset = _tap_offset(tap, dil_y, div_y, dil_x, div_x, pitch, sign, KW)
+        offset = tap_offset(tap, dil_y, div_y, dil_x, div_x, pitch, sign, KW)
         p_a = (
             p_x + (b_base + offset).to(tl.int64)[:, None] * channels + (i_group * S + o_s)[None, :]
         )
@@ -251,165 +243,6 @@ def sparse_conv2d_sum_kernel(
     tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m_y)
 
 
-@triton.jit
-def _store_gradient(
-    acc,  # [BN, columns]
-    p_gw,
-    p_master,
-    p_alpha,
-    p_alpha_partial,
-    o_w,
-    m_w,
-    THRESHOLD: tl.constexpr,
-):
-    """Store the weight's gradient; with THRESHOLD that of W through S(W, α), and α's share."""
-    if THRESHOLD:
-        b_w = tl.load(p_master + o_w, mask=m_w, other=0.0)
-        acc = tl.where(tl.abs(b_w) <= tl.load(p_alpha), 0.0, acc)
-        b_signed = tl.where(b_w < 0, -acc, tl.where(b_w > 0, acc, 0.0))
-        tl.store(p_alpha_partial, tl.sum(tl.sum(tl.where(m_w, b_signed, 0.0), 1), 0))
-    tl.store(p_gw + o_w, acc.to(p_gw.dtype.element_ty), mask=m_w)
-
-
-@triton.jit
-def sparse_conv2d_weight_grad_kernel(
-    p_x,  # NHWC
-    p_gy,  # NHWC
-    p_gw,  # laid out as the strides say
-    p_master,  # W in float32, laid out like gw; with THRESHOLD
-    p_alpha,  # [] float32
-    p_alpha_partials,  # [R, panels] float32
-    p_bases,
-    p_dests,
-    p_live,
-    p_entries,  # [R, T · Q]
-    p_counts,  # [R]
-    p_tile_lists,  # [R, panels, tiles] int32, tiles of pixels that some tap of a panel reads
-    p_tile_counts,  # [R, panels] int32
-    p_partials,  # [SPLIT, R, panels, BN, PANEL · BK] float32
-    S,
-    N,
-    R,
-    Q,
-    capacity,
-    panels,
-    tiles,
-    groups,
-    s_wg,
-    s_wn,
-    s_wk,
-    s_wt,
-    dil_y,
-    div_y,
-    dil_x,
-    div_x,
-    pitch,
-    sign,
-    KW: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PANEL: tl.constexpr,  # entries of a row that share the load of gy
-    SPLIT: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """gw[n, tap, s] = Σ over pixels gy[pixel, n] · x[pixel + tap, s], on live blocks alone."""
-    i_p = tl.program_id(0)
-    i_split = tl.program_id(1)
-    i_r = i_p // panels
-    i_panel = i_p % panels
-    n_live = tl.load(p_counts + i_r)
-    if i_panel * PANEL < n_live:
-        i_group = i_r // (R // groups)
-        o_n = (i_r - i_group * (R // groups)) * BN + tl.arange(0, BN)  # [BN], within the group
-        o_c = tl.arange(0, PANEL * BK)  # [PANEL · BK]
-        i_e = i_panel * PANEL + o_c // BK
-        b_entry = tl.load(p_entries + i_r.to(tl.int64) * capacity + i_e, mask=i_e < n_live, other=0)
-        # Each entry stands for BK neighbouring columns: without this hint loads are not wide.
-        b_entry = tl.max_constancy(b_entry, BK)
-        b_tap = b_entry // Q
-        o_s = (b_entry % Q) * BK + o_c % BK  # within the group
-        m_c = (i_e < n_live) & (o_s < S)
-        b_offset = _tap_offset(b_tap, dil_y, div_y, dil_x, div_x, pitch, sign, KW)
-        o_m = tl.arange(0, BM)
-        i_list = i_p.to(tl.int64)
-        n_tiles = tl.load(p_tile_counts + i_list)
-        acc = tl.zeros((BN, PANEL * BK), dtype=tl.float32)
-        for i in range(n_tiles * i_split // SPLIT, n_tiles * (i_split + 1) // SPLIT):
-            o_t = tl.load(p_tile_lists + i_list * tiles + i) * BM + o_m  # [BM]
-            b_dest = tl.load(p_dests + o_t)
-            b_base = tl.load(p_bases + o_t)
-            b_live = tl.load(p_live + o_t)
-            o_gy = b_dest.to(tl.int64)[:, None] * (N * groups) + (i_group * N + o_n)[None, :]
-            m_gy = (b_dest >= 0)[:, None] & (o_n < N)[None, :]
-            b_gy = tl.load(p_gy + o_gy, mask=m_gy, other=0.0)  # [BM, BN]
-            o_x = (b_base[:, None] + b_offset[None, :]).to(tl.int64) * (S * groups)
-            m_x = ((b_live[:, None] >> b_tap[None, :]) & 1).to(tl.int1) & m_c[None, :]
-            b_x = tl.load(p_x + o_x + (i_group * S + o_s)[None, :], mask=m_x, other=0.0)
-            acc = tl.dot(tl.trans(b_gy), b_x, acc, input_precision=PRECISION)
-        o_w = i_group * s_wg + o_n[:, None] * s_wn + (b_tap * s_wt + o_s * s_wk)[None, :]
-        m_w = (o_n < N)[:, None] & m_c[None, :]
-        if SPLIT > 1:
-            o_part = tl.arange(0, BN)[:, None] * (PANEL * BK) + o_c[None, :]
-            i_part = (i_split * R * panels + i_p).to(tl.int64) * (BN * PANEL * BK)
-            tl.store(p_partials + i_part + o_part, acc)
-        else:
-            _store_gradient(
-                acc, p_gw, p_master, p_alpha, p_alpha_partials + i_p, o_w, m_w, THRESHOLD
-            )
-
-
-@triton.jit
-def sparse_conv2d_weight_grad_sum_kernel(
-    p_partials,  # [SPLIT, R, panels, BN, PANEL · BK] float32
-    p_gw,
-    p_master,
-    p_alpha,
-    p_alpha_partials,
-    p_entries,
-    p_counts,
-    S,
-    N,
-    R,
-    Q,
-    capacity,
-    panels,
-    groups,
-    s_wg,
-    s_wn,
-    s_wk,
-    s_wt,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PANEL: tl.constexpr,
-    SPLIT: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-):
-    """gw = Σ partials, always in the same order."""
-    i_p = tl.program_id(0)
-    i_r = i_p // panels
-    i_panel = i_p % panels
-    n_live = tl.load(p_counts + i_r)
-    if i_panel * PANEL < n_live:
-        i_group = i_r // (R // groups)
-        o_n = (i_r - i_group * (R // groups)) * BN + tl.arange(0, BN)
-        o_c = tl.arange(0, PANEL * BK)
-        i_e = i_panel * PANEL + o_c // BK
-        b_entry = tl.load(p_entries + i_r.to(tl.int64) * capacity + i_e, mask=i_e < n_live, other=0)
-        b_entry = tl.max_constancy(b_entry, BK)
-        o_s = (b_entry % Q) * BK + o_c % BK
-        m_w = (o_n < N)[:, None] & ((i_e < n_live) & (o_s < S))[None, :]
-        o_part = tl.arange(0, BN)[:, None] * (PANEL * BK) + o_c[None, :]
-        acc = tl.zeros((BN, PANEL * BK), dtype=tl.float32)
-        for i in tl.static_range(SPLIT):
-            i_part = (i * R * panels + i_p).to(tl.int64) * (BN * PANEL * BK)
-            acc += tl.load(p_partials + i_part + o_part)
-        o_w = i_group * s_wg + o_n[:, None] * s_wn
-        o_w = o_w + (b_entry // Q * s_wt + o_s * s_wk)[None, :]
-        _store_gradient(acc, p_gw, p_master, p_alpha, p_alpha_partials + i_p, o_w, m_w, THRESHOLD)
-
-
 def sparse_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -434,7 +267,9 @@ def sparse_conv2d(
     }
     now = flags if split == 1 else {"BIAS": False, "RESIDUAL": False, "ACTIVATION": 0}
     bias, residual = y if bias is None else bias, y if residual is None else residual
-    sparse_conv2d_kernel[(tiles * R, split)](
+    launch(
+        sparse_conv2d_kernel,
+        (tiles * R, split),
         *(x, weight, bias, residual, y),
         *(pixels.bases, pixels.dests, pixels.live, pixels.classes, *lists),
         *(y if partials is None else partials, pixels.dests),
@@ -450,7 +285,9 @@ def sparse_conv2d(
     if partials is not None:
         M, N = tiles * tiling.BM, channels.dest * channels.groups
         BM, BN = 32, min(128, triton.next_power_of_2(N))
-        sparse_conv2d_sum_kernel[(triton.cdiv(M, BM), triton.cdiv(N, BN))](
+        launch(
+            sparse_conv2d_sum_kernel,
+            (triton.cdiv(M, BM), triton.cdiv(N, BN)),
             *(partials, bias, residual, y, pixels.dests, M, N, M * N),
             BM=BM,
             BN=BN,
@@ -479,7 +316,9 @@ def sparse_conv2d_grouped(
     flags: BIAS, RESIDUAL, ACTIVATION
     """
     some = lists.rows  # stands where the table of problems is read instead
-    sparse_conv2d_kernel[(tiles * len(lists.rows), 1, len(problems))](
+    launch(
+        sparse_conv2d_kernel,
+        (tiles * len(lists.rows), 1, len(problems)),
         *[some] * 13,
         problems,
         *_sizes(channels, lists, tiling),
@@ -491,57 +330,6 @@ def sparse_conv2d_grouped(
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )
-
-
-def sparse_conv2d_weight_grad(
-    x: Tensor,
-    grad_y: Tensor,
-    grad_weight: Tensor,
-    pixels: Pixels,
-    panels: Panels,
-    channels: Channels,
-    kernel_width: int,
-    tiling: Tiling,
-    precision: str,
-    partials: Tensor | None = None,
-    threshold: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> None:
-    """Fill the live blocks of grad_weight and nothing else.
-
-    x, grad_y: NHWC memory   partials: [split, R, panels, BN, PANEL · BK] float32, or None
-    threshold: W in float32, laid out like grad_weight; α [] float32; [R, panels] float32 to fill
-               at the panels that hold something
-    """
-    split = 1 if partials is None else partials.shape[0]
-    R, count, tiles = panels.tile_lists.shape
-    capacity = panels.entries.shape[1]
-    Q = triton.cdiv(channels.source, tiling.BK)
-    master, alpha, shares = threshold or (grad_weight, grad_weight, grad_weight)
-    strides = channels[3:]
-    shape = {"BN": tiling.BN, "BK": tiling.BK, "PANEL": tiling.PANEL, "SPLIT": split}
-    shape["THRESHOLD"] = threshold is not None
-    sparse_conv2d_weight_grad_kernel[(R * count, split)](
-        *(x, grad_y, grad_weight, master, alpha, shares),
-        *(pixels.bases, pixels.dests, pixels.live, *panels),
-        grad_weight if partials is None else partials,
-        *(channels.source, channels.dest, R, Q, capacity, count, tiles, channels.groups),
-        *strides,
-        *pixels.steps,
-        KW=kernel_width,
-        BM=tiling.BM,
-        **shape,
-        PRECISION=precision,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
-    )
-    if partials is not None:
-        sparse_conv2d_weight_grad_sum_kernel[(R * count,)](
-            *(partials, grad_weight, master, alpha, shares, panels.entries, panels.counts),
-            *(channels.source, channels.dest, R, Q, capacity, count, channels.groups),
-            *strides,
-            **shape,
-            num_warps=tiling.warps,
-        )
 
 
 def _sizes(channels: Channels, lists: Lists, tiling: Tiling) -> Sequence[int]:

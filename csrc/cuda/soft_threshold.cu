@@ -10,37 +10,24 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kTensors = 64;  // of one launch: the table is a kernel argument, at most 4 KiB
 
-struct Table {  // of one launch; blocks first[i] .. first[i + 1] - 1 belong to tensor i
+struct Table {  // of one launch; blocks from first[i] on belong to tensor i
   const void* w[kTensors];
   const void* g[kTensors];
   void* out[kTensors];
   int64_t size[kTensors];
-  int64_t first[kTensors + 1];
+  int64_t first[kTensors];
   int tensors;
 };
 static_assert(sizeof(Table) <= 4096 - 64, "a kernel's arguments hold 4 KiB");
 
-__device__ int tensor_of(const Table& table, int64_t block) {
-  int low = 0, high = table.tensors - 1;  // the last tensor whose first block is not after ours
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (table.first[middle] <= block) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
-
-// out = S(w)
-template <typename T>
+// out = S(w); T: storage of the weights, V: of the values
+template <typename T, typename V>
 __global__ void __launch_bounds__(kThreads) forward_kernel(Table table, const float* alpha) {
-  const int i = tensor_of(table, blockIdx.x);
+  const int i = owner_of(table.first, table.tensors, blockIdx.x);
   const int64_t begin = (blockIdx.x - table.first[i]) * kSoftThresholdChunk;
   const int64_t end = min(begin + kSoftThresholdChunk, table.size[i]);
   const T* w = static_cast<const T*>(table.w[i]);
-  T* out = static_cast<T*>(table.out[i]);
+  V* out = static_cast<V*>(table.out[i]);
   const float a = *alpha;
   for (int64_t at = begin + threadIdx.x; at < end; at += kThreads) {
     const float x = widen(w[at]);
@@ -49,15 +36,15 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Table table, const fl
 }
 
 // out = g where w is alive, else 0; sums[block] = Σ sign(w) · g over the block's live weights
-template <typename T>
+template <typename T, typename V>
 __global__ void __launch_bounds__(kThreads)
     backward_kernel(Table table, const float* alpha, double* sums) {
   __shared__ float partial[kThreads];
-  const int i = tensor_of(table, blockIdx.x);
+  const int i = owner_of(table.first, table.tensors, blockIdx.x);
   const int64_t begin = (blockIdx.x - table.first[i]) * kSoftThresholdChunk;
   const int64_t end = min(begin + kSoftThresholdChunk, table.size[i]);
   const T* w = static_cast<const T*>(table.w[i]);
-  const T* g = static_cast<const T*>(table.g[i]);
+  const V* g = static_cast<const V*>(table.g[i]);
   T* out = static_cast<T*>(table.out[i]);
   const float a = *alpha;
   float sum = 0.0f;  // 16 terms, then a tree over the block
@@ -108,6 +95,7 @@ int64_t for_each_table(const std::vector<uintptr_t>& weights, const std::vector<
       table.first[at] = blocks;
       blocks += (sizes[i] + kSoftThresholdChunk - 1) / kSoftThresholdChunk;
     }
+    check_grid("soft_threshold_cuda", blocks);
     if (blocks > 0) launch(table, static_cast<unsigned>(blocks), done);
     done += blocks;
   }
@@ -116,7 +104,7 @@ int64_t for_each_table(const std::vector<uintptr_t>& weights, const std::vector<
 
 }  // namespace
 
-void soft_threshold_forward(DType dtype, const std::vector<uintptr_t>& weights,
+void soft_threshold_forward(DType dtype, DType values, const std::vector<uintptr_t>& weights,
                             const std::vector<int64_t>& sizes, const std::vector<uintptr_t>& outs,
                             uintptr_t alpha, uintptr_t stream) {
   const char* who = "soft_threshold_forward_cuda";
@@ -124,15 +112,17 @@ void soft_threshold_forward(DType dtype, const std::vector<uintptr_t>& weights,
   check_count(who, "outs", weights.size(), outs.size());
   const auto* a = reinterpret_cast<const float*>(alpha);
   const auto on = reinterpret_cast<cudaStream_t>(stream);
-  for_dtype(dtype, [&](auto zero) {
+  for_dtypes(dtype, values, [&](auto zero, auto value) {
+    using T = decltype(zero);
+    using V = decltype(value);
     for_each_table(weights, sizes, {}, outs, [&](const Table& table, unsigned blocks, int64_t) {
-      SPARSEMTL_LAUNCH(forward_kernel<decltype(zero)>, blocks, kThreads, on, table, a);
+      SPARSEMTL_LAUNCH((forward_kernel<T, V>), blocks, kThreads, on, table, a);
       check_launch(who, list_arguments("blocks", blocks, "tensors", table.tensors));
     });
   });
 }
 
-void soft_threshold_backward(DType dtype, const std::vector<uintptr_t>& weights,
+void soft_threshold_backward(DType dtype, DType values, const std::vector<uintptr_t>& weights,
                              const std::vector<int64_t>& sizes, const std::vector<uintptr_t>& grads,
                              const std::vector<uintptr_t>& grad_weights, uintptr_t alpha,
                              uintptr_t sums, uintptr_t grad_alpha, uintptr_t stream) {
@@ -144,10 +134,11 @@ void soft_threshold_backward(DType dtype, const std::vector<uintptr_t>& weights,
   auto* partials = reinterpret_cast<double*>(sums);
   const auto on = reinterpret_cast<cudaStream_t>(stream);
   int64_t chunks = 0;
-  for_dtype(dtype, [&](auto zero) {
+  for_dtypes(dtype, values, [&](auto zero, auto value) {
+    using T = decltype(zero);
+    using V = decltype(value);
     const auto launch = [&](const Table& table, unsigned blocks, int64_t done) {
-      SPARSEMTL_LAUNCH(backward_kernel<decltype(zero)>, blocks, kThreads, on, table, a,
-                       partials + done);
+      SPARSEMTL_LAUNCH((backward_kernel<T, V>), blocks, kThreads, on, table, a, partials + done);
       check_launch(who, list_arguments("blocks", blocks, "tensors", table.tensors));
     };
     chunks = for_each_table(weights, sizes, grads, grad_weights, launch);

@@ -13,7 +13,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kTensors = 48;  // of one launch: the table is a kernel argument, at most 4 KiB
 
-struct Table {  // of one launch; blocks first[i] .. first[i + 1] - 1 belong to tensor i
+struct Table {  // of one launch; blocks from first[i] on belong to tensor i
   float* w[kTensors];
   const float* g[kTensors];
   float* m[kTensors];
@@ -29,19 +29,6 @@ struct Table {  // of one launch; blocks first[i] .. first[i + 1] - 1 belong to 
   int tensors;
 };
 static_assert(sizeof(Table) <= 4096 - 64, "a kernel's arguments hold 4 KiB");
-
-__device__ int tensor_of(const Table& table, int64_t block) {
-  int low = 0, high = table.tensors - 1;  // the last tensor whose first block is not after ours
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (table.first[middle] <= block) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
 
 // Every operation rounds by itself, as on the CPU: a fused multiply-add would be another number.
 __device__ float stepped(const cpu::AdamRule& r, float w, float g, float* m, float* v) {
@@ -59,7 +46,7 @@ template <typename T, bool VALUES>
 __global__ void __launch_bounds__(kThreads)
     threshold_adam_kernel(Table table, const float* alphas, unsigned long long* counts) {
   __shared__ int alive[kThreads / 32];
-  const int i = tensor_of(table, blockIdx.x);
+  const int i = owner_of(table.first, table.tensors, blockIdx.x);
   const int64_t begin = (blockIdx.x - table.first[i]) * kThresholdAdamChunk;
   const int64_t end = min(begin + kThresholdAdamChunk, table.size[i]);
   const cpu::AdamRule rule = table.rules[table.rule[i]];

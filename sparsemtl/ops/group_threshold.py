@@ -23,12 +23,21 @@ from torch.autograd.function import once_differentiable
 
 from sparsemtl.ops.availability import why_not_triton
 from sparsemtl.ops.dispatch import Backend, Op, in_functorch, through_torch
-from sparsemtl.ops.layout import dense, laid_out_like
+from sparsemtl.ops.layout import dense, laid_out_like, ordered_like
 from sparsemtl.ops.soft_threshold import _check, _check_value
-from sparsemtl.ops.soft_threshold_backends import to_arithmetic
-from sparsemtl.ops.tiles import Tile, check_tile, grid, spread_tiles, tile_sizes, tile_sums
-
-_LARGEST_GROUP = 1 << 13  # weights that one Triton program holds in registers
+from sparsemtl.ops.soft_threshold_backends import (
+    to_arithmetic,
+    why_not_groups,
+    why_not_triton_values,
+)
+from sparsemtl.ops.tiles import (
+    Tile,
+    check_tile,
+    grid,
+    spread_tiles,
+    tile_sizes,
+    tile_sums,
+)
 
 
 def group_threshold(weight: Tensor, alpha: Tensor, tile: Tile | tuple[int, int]) -> Tensor:
@@ -44,25 +53,32 @@ def group_threshold(weight: Tensor, alpha: Tensor, tile: Tile | tuple[int, int])
 
 
 def group_threshold_component(
-    weights: Sequence[Tensor], alpha: Tensor, tile: Tile | tuple[int, int]
+    weights: Sequence[Tensor],
+    alpha: Tensor,
+    tile: Tile | tuple[int, int],
+    *,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """Shrink every tensor of a component by one threshold.
 
     weights: n ≥ 1 tensors as in `group_threshold`, of one type, on one device
     alpha:   one value ≥ 0; its gradient is summed over the tensors in a fixed order
+    dtype:   type of the values, rounded at the end; None: the weights'
     returns: n tensors, each like its weight
     raises:  TypeError, ValueError for other arguments; BackendUnavailable
     """
     weights, tile = list(weights), Tile(*tile)
-    _check("group_threshold", weights, alpha)
+    _check("group_threshold", weights, alpha, dtype)
     check_tile("group_threshold", tile)
     tracing = in_functorch() or through_torch(alpha, *weights)
     if tracing:  # torch sees and differentiates the reference itself
-        return tuple(group_threshold_reference(weight, alpha, tile) for weight in weights)
+        values = (group_threshold_reference(weight, alpha, tile) for weight in weights)
+        return tuple(value.to(dtype or value.dtype) for value in values)
     _check_value("group_threshold", alpha)
     if torch.is_grad_enabled() and (alpha.requires_grad or any(w.requires_grad for w in weights)):
-        return _GroupThreshold.apply(alpha, tile, *weights)
-    return GROUP_THRESHOLD.choose(weights, alpha, tile).forward(weights, alpha, tile)[0]
+        return _GroupThreshold.apply(alpha, tile, dtype, *weights)
+    chosen = GROUP_THRESHOLD.choose(weights, alpha, tile, dtype)
+    return chosen.forward(weights, alpha, tile, dtype)[0]
 
 
 def group_threshold_reference(weight: Tensor, alpha: Tensor, tile: Tile) -> Tensor:
@@ -89,11 +105,13 @@ def group_norms(weights: Sequence[Tensor], tile: Tile) -> list[Tensor]:
 
 class _GroupThreshold(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, alpha: Tensor, tile: Tile, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, alpha: Tensor, tile: Tile, dtype: torch.dtype | None, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.backend = GROUP_THRESHOLD.choose(weights, alpha, tile)
+        ctx.backend = GROUP_THRESHOLD.choose(weights, alpha, tile, dtype)
         ctx.tile = tile
-        values, ctx.norms = ctx.backend.forward(weights, alpha, tile)
+        values, ctx.norms = ctx.backend.forward(weights, alpha, tile, dtype)
         ctx.save_for_backward(alpha, *weights)
         return values
 
@@ -101,22 +119,31 @@ class _GroupThreshold(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         alpha, *weights = ctx.saved_tensors
-        given = [
-            torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads, strict=True)
-        ]
-        found, grad_alpha = ctx.backend.backward(weights, alpha, ctx.tile, given, ctx.norms)
-        return grad_alpha if ctx.needs_input_grad[0] else None, None, *found
+        used = [i for i, grad in enumerate(grads) if grad is not None]  # others add nothing
+        found: list[Tensor | None] = [None] * len(weights)
+        if not used:
+            return (None, None, None, *found)
+        given = [grad for grad in grads if grad is not None]
+        norms = [ctx.norms[i] for i in used]
+        some, grad_alpha = ctx.backend.backward(
+            [weights[i] for i in used], alpha, ctx.tile, given, norms
+        )
+        for i, grad_weight in zip(used, some, strict=True):
+            found[i] = grad_weight
+        return (grad_alpha if ctx.needs_input_grad[0] else None, None, None, *found)
 
 
 # Reference: the gradients written out.
 
 
 def _reference(
-    weights: Sequence[Tensor], alpha: Tensor, tile: Tile
+    weights: Sequence[Tensor], alpha: Tensor, tile: Tile, dtype: torch.dtype | None = None
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     with torch.no_grad():
         values = tuple(
-            laid_out_like(group_threshold_reference(weight, alpha, tile), dense(weight))
+            laid_out_like(group_threshold_reference(weight, alpha, tile), dense(weight)).to(
+                dtype or weight.dtype
+            )
             for weight in weights
         )
     return values, group_norms(weights, tile)
@@ -151,39 +178,24 @@ def _reference_backward(
 
 
 def _why_not_triton(
-    weights: Sequence[Tensor] = (), alpha: Tensor | None = None, tile: Tile | None = None
+    weights: Sequence[Tensor] = (),
+    alpha: Tensor | None = None,
+    tile: Tile | None = None,
+    dtype: torch.dtype | None = None,
 ) -> str | None:
-    reason = why_not_triton(weights[0] if weights else None)
+    reason = why_not_triton(weights[0] if weights else None) or why_not_triton_values(dtype)
     if reason is not None or tile is None:
         return reason
-    for weight in weights:
-        columns = tile.columns or (weight.numel() // weight.shape[0] if weight.numel() else 1)
-        size = (1 << (tile.rows - 1).bit_length()) * (1 << (columns - 1).bit_length())
-        if size > _LARGEST_GROUP:
-            return f"a group has {tile.rows} x {columns} weights, it takes {_LARGEST_GROUP} in all"
-        if weight.dim() not in (2, 4):
-            return f"a weight has {weight.dim()} axes, it takes 2 and 4"
-        strides = dense(weight.detach()).stride()
-        if (
-            weight.numel() > 0
-            and tile.columns == 0
-            and strides[0] * weight.shape[0] != weight.numel()
-        ):
-            return f"rows of a weight of strides {strides} are not in one piece"
-        if weight.dim() == 4 and strides[2] != weight.shape[3] * strides[3] and weight.shape[2] > 1:
-            return f"taps of a weight of strides {strides} are not evenly spaced"
-        if weight.numel() >= 1 << 31:
-            return f"a weight has {weight.numel()} values, it counts them in 32 bits"
-    return None
+    return why_not_groups(weights, tile)
 
 
 def _triton(
-    weights: Sequence[Tensor], alpha: Tensor, tile: Tile
+    weights: Sequence[Tensor], alpha: Tensor, tile: Tile, dtype: torch.dtype | None = None
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     from sparsemtl.kernels.group_threshold import group_threshold_fwd
 
     weights = [dense(weight.detach()) for weight in weights]
-    values = tuple(torch.empty_like(weight) for weight in weights)
+    values = tuple(torch.empty_like(weight, dtype=dtype) for weight in weights)
     norms = [
         torch.empty(grid(w.shape, tile), dtype=torch.float32, device=w.device) for w in weights
     ]
@@ -201,7 +213,7 @@ def _triton_backward(
     from sparsemtl.kernels.group_threshold import group_threshold_bwd
 
     weights = [dense(weight.detach()) for weight in weights]
-    grads = [laid_out_like(grad, weight) for grad, weight in zip(grads, weights, strict=True)]
+    grads = [ordered_like(grad, weight) for grad, weight in zip(grads, weights, strict=True)]
     found = tuple(torch.empty_like(weight) for weight in weights)
     partials = group_threshold_bwd(
         weights, alpha.detach().float(), grads, norms, found, tuple(tile)

@@ -23,8 +23,14 @@ def dense(tensor: Tensor) -> Tensor:
 def laid_out_like(tensor: Tensor, model: Tensor) -> Tensor:
     """Return tensor with its elements in memory in the order of a dense model of equal shape."""
     if tensor.dtype == model.dtype:
-        if tensor.stride() == model.stride():
-            return tensor
-        if tensor.is_contiguous() and model.is_contiguous():  # strides of size-1 axes may differ
-            return tensor
+        return ordered_like(tensor, model)
     return torch.empty_like(model).copy_(tensor)
+
+
+def ordered_like(tensor: Tensor, model: Tensor) -> Tensor:
+    """As `laid_out_like`, but of the tensor's own type."""
+    if tensor.stride() == model.stride():
+        return tensor
+    if tensor.is_contiguous() and model.is_contiguous():  # strides of size-1 axes may differ
+        return tensor
+    return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)

@@ -26,22 +26,27 @@ from sparsemtl.ops.dispatch import (
     require_reference,
     through_torch,
 )
+from sparsemtl.ops.tiles import Tile, check_tile, tile_sums
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class ThresholdStats(NamedTuple):
-    """S(W) of a component's tensors, with what is alive in them.
+    """S(W) of a component's tensors, with what is alive in them. R, Q, T: see tiles.py.
 
     values:   n tensors, each like its weight
     nonzeros: [n] int64 on the weights' device, live weights of each tensor
     bitmasks: n tensors [⌈P / 8⌉] uint8, or None. Bit i % 8 (lowest first) of byte i // 8 is the
               i-th weight in the order of the values' memory; the last byte is padded with zeros
+    norms:    n tensors [R, Q, T] float32, ‖W_g‖ of each tile, where tiles were asked for
+    tiles:    n tensors [R, Q, T] int32, live weights of each tile, where they were counted
     """
 
     values: tuple[Tensor, ...]
     nonzeros: Tensor
     bitmasks: tuple[Tensor, ...] | None
+    norms: tuple[Tensor, ...] | None = None
+    tiles: tuple[Tensor, ...] | None = None
 
 
 def soft_threshold(weight: Tensor, alpha: Tensor) -> Tensor:
@@ -58,35 +63,55 @@ def soft_threshold(weight: Tensor, alpha: Tensor) -> Tensor:
     return _eager([weight], alpha)[0]
 
 
-def soft_threshold_component(weights: Sequence[Tensor], alpha: Tensor) -> tuple[Tensor, ...]:
+def soft_threshold_component(
+    weights: Sequence[Tensor], alpha: Tensor, *, dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
     """Shrink every tensor of a component by one threshold, in one backend call.
 
     weights: n ≥ 1 tensors as in `soft_threshold`, of one type, on one device
     alpha:   one value ≥ 0; its gradient is summed over the tensors in their order, with the same
              bits at any number of threads
+    dtype:   type of the values, rounded after the subtraction; None: the weights'
     returns: n tensors, each like its weight
     raises:  TypeError, ValueError for other arguments; BackendUnavailable
     """
     weights = list(weights)
-    _check("soft_threshold_component", weights, alpha)
+    _check("soft_threshold_component", weights, alpha, dtype)
     if through_torch(alpha, *weights):
-        return tuple(torch.ops.sparsemtl.soft_threshold_component(weights, alpha))
-    return _eager(weights, alpha)
+        found = torch.ops.sparsemtl.soft_threshold_component(weights, alpha)
+        return tuple(value.to(dtype or value.dtype) for value in found)
+    return _eager(weights, alpha, dtype)
 
 
 def soft_threshold_stats(
-    weights: Sequence[Tensor], alpha: Tensor, *, bitmask: bool = False
+    weights: Sequence[Tensor],
+    alpha: Tensor,
+    *,
+    bitmask: bool = False,
+    dtype: torch.dtype | None = None,
+    tile: Tile | tuple[int, int] | None = None,
 ) -> ThresholdStats:
     """Shrink as `soft_threshold_component` does and count the live weights; without autograd.
 
     bitmask: whether to return one bit per weight as well
+    dtype:   type of the values; None: the weights'
+    tile:    output by input channels, both ≥ 1: count the live weights of each tile as well, and
+             give the norm of all its weights; not together with bitmask
     """
-    weights = [weight.detach() for weight in weights]
-    _check("soft_threshold_stats", weights, alpha)
-    _check_value("soft_threshold_stats", alpha)
+    who, weights = "soft_threshold_stats", [weight.detach() for weight in weights]
+    _check(who, weights, alpha, dtype)
+    _check_value(who, alpha)
+    if tile is not None:
+        tile = Tile(*tile)
+        check_tile(who, tile)
+        if tile.columns == 0 or bitmask or any(w.dim() not in (2, 4) for w in weights):
+            raise ValueError(
+                f"{who}: Expected tile of columns ≥ 1, on weights of 2 or 4 axes, without bitmask, "
+                f"got {tuple(tile)} on {[w.dim() for w in weights]} axes"
+            )
     with torch.no_grad():
-        chosen = SOFT_THRESHOLD_STATS.choose(weights, alpha)
-        return ThresholdStats(*chosen.forward(weights, alpha.detach(), bitmask))
+        arguments = (weights, alpha.detach(), bitmask, dtype or weights[0].dtype, tile)
+        return SOFT_THRESHOLD_STATS.choose(*arguments).forward(*arguments)
 
 
 def soft_threshold_reference(weight: Tensor, alpha: Tensor) -> Tensor:
@@ -105,7 +130,11 @@ def soft_threshold_bytes(weights: Sequence[Tensor]) -> int:
     return sum(5 * weight.numel() * weight.element_size() for weight in weights)
 
 
-def _check(who: str, weights: Sequence[Tensor], alpha: Tensor) -> None:
+def _check(
+    who: str, weights: Sequence[Tensor], alpha: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    if dtype is not None and dtype not in _FLOATS:
+        raise TypeError(f"{who}: Expected dtype in {list(_FLOATS)} or None, got {dtype}")
     if not isinstance(alpha, Tensor):
         raise TypeError(f"{who}: Expected alpha to be a Tensor, got {type(alpha).__name__}")
     if not weights:
@@ -137,31 +166,36 @@ def _check_value(who: str, alpha: Tensor) -> None:
         raise ValueError(f"{who}: Expected alpha ≥ 0, got {alpha.item()}")
 
 
-def _eager(weights: list[Tensor], alpha: Tensor) -> tuple[Tensor, ...]:
+def _eager(
+    weights: list[Tensor], alpha: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
     """Call the backend without torch's dispatcher, through autograd only where it is needed."""
     if in_functorch():
         require_reference(SOFT_THRESHOLD)
-        return _reference(weights, alpha)
+        return _reference(weights, alpha, dtype)
     _check_value("soft_threshold", alpha)
     if torch.is_grad_enabled() and (alpha.requires_grad or any(w.requires_grad for w in weights)):
-        return _SoftThreshold.apply(alpha, *weights)
-    return SOFT_THRESHOLD.choose(weights, alpha).forward(weights, alpha)
+        return _SoftThreshold.apply(alpha, dtype, *weights)
+    return SOFT_THRESHOLD.choose(weights, alpha, dtype).forward(weights, alpha, dtype)
 
 
 class _SoftThreshold(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, alpha: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, alpha: Tensor, dtype: torch.dtype | None, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(alpha, *weights)
-        ctx.backend = SOFT_THRESHOLD.choose(weights, alpha)  # a backward may run in another thread
-        return ctx.backend.forward(weights, alpha)
+        # A backward may run in another thread.
+        ctx.backend = SOFT_THRESHOLD.choose(weights, alpha, dtype)
+        return ctx.backend.forward(weights, alpha, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         alpha, *weights = ctx.saved_tensors
         used = [i for i, grad in enumerate(grads) if grad is not None]  # others add nothing
         if not used:
-            return (None,) * (1 + len(weights))
+            return (None,) * (2 + len(weights))
         given = [grad for grad in grads if grad is not None]
         # Plain torch where the gradient stands for many or will be differentiated itself.
         plain = torch.is_grad_enabled() or any(map(is_batched, given))
@@ -169,8 +203,8 @@ class _SoftThreshold(torch.autograd.Function):
         found, grad_alpha = backward([weights[i] for i in used], alpha, given)
         grad_weights: list[Tensor | None] = [None] * len(weights)
         for i, grad_weight in zip(used, found, strict=True):
-            grad_weights[i] = grad_weight if ctx.needs_input_grad[1 + i] else None
-        return (grad_alpha if ctx.needs_input_grad[0] else None, *grad_weights)
+            grad_weights[i] = grad_weight if ctx.needs_input_grad[2 + i] else None
+        return (grad_alpha if ctx.needs_input_grad[0] else None, None, *grad_weights)
 
 
 # torch.library: what torch.compile, torch.export and dispatch modes see.
@@ -246,41 +280,64 @@ _component.register_autograd(_differentiate_component, setup_context=_save_compo
 _single.register_autograd(_differentiate_single, setup_context=_save_single)
 
 
-def _unless(why_not_device: Any) -> Any:
-    """Turn a question about one tensor into `why_not` of this op's arguments."""
-
-    def why_not(weights: Sequence[Tensor] = (), alpha: Tensor | None = None, *_: Any) -> str | None:
-        return why_not_device(weights[0] if weights else None)
-
-    return why_not
-
-
 def _never(*_: Any) -> None:
     return None
 
 
-def _reference(weights: Sequence[Tensor], alpha: Tensor) -> tuple[Tensor, ...]:
-    return tuple(soft_threshold_reference(weight, alpha) for weight in weights)
+def _reference(
+    weights: Sequence[Tensor], alpha: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    values = (soft_threshold_reference(weight, alpha) for weight in weights)
+    return tuple(value.to(dtype or value.dtype) for value in values)
 
 
-def _reference_stats(weights: Sequence[Tensor], alpha: Tensor, bitmask: bool) -> tuple[Any, ...]:
-    return (_reference(weights, alpha), *backends.count_reference(weights, alpha, bitmask))
+def _reference_stats(
+    weights: Sequence[Tensor],
+    alpha: Tensor,
+    bitmask: bool,
+    dtype: torch.dtype | None = None,
+    tile: Tile | None = None,
+) -> ThresholdStats:
+    counted = backends.count_reference(weights, alpha, bitmask)
+    values = _reference(weights, alpha, dtype)
+    if tile is None:
+        return ThresholdStats(values, *counted)
+    wide = [backends.to_arithmetic(weight) for weight in weights]
+    norms = tuple(tile_sums(w * w, tile).sqrt_().float() for w in wide)
+    alive = (~(w.abs() <= alpha.reshape(()).to(w.dtype)) for w in wide)
+    tiles = tuple(tile_sums(a.to(torch.int32), tile).to(torch.int32) for a in alive)
+    return ThresholdStats(values, *counted, norms, tiles)
 
 
 SOFT_THRESHOLD = Op(
     "soft_threshold",
     (
-        Backend("triton", backends.triton, backends.triton_backward, _unless(why_not_triton)),
-        Backend("cuda", backends.cuda, backends.cuda_backward, _unless(why_not_cuda)),
-        Backend("native", backends.native, backends.native_backward, _unless(why_not_native)),
+        Backend(
+            "triton",
+            backends.triton,
+            backends.triton_backward,
+            backends.unless_type(why_not_triton),
+        ),
+        Backend("cuda", backends.cuda, backends.cuda_backward, backends.unless_type(why_not_cuda)),
+        Backend(
+            "native",
+            backends.native,
+            backends.native_backward,
+            backends.unless_type(why_not_native),
+        ),
         Backend("reference", _reference, backends.reference_backward, _never),
     ),
 )
 SOFT_THRESHOLD_STATS = Op(
     "soft_threshold_stats",
     (
-        Backend("triton", backends.triton_stats, None, _unless(why_not_triton)),
-        Backend("native", backends.native_stats, None, _unless(why_not_native)),
+        Backend(
+            "triton",
+            backends.triton_stats,
+            None,
+            backends.unless_values(why_not_triton, tiles=True),
+        ),
+        Backend("native", backends.native_stats, None, backends.unless_values(why_not_native)),
         Backend("reference", _reference_stats, None, _never),
     ),
 )

@@ -7,18 +7,22 @@ leaves unwritten.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sparsemtl.ops.availability import DTYPES, native_module
-from sparsemtl.ops.layout import dense, laid_out_like
+from sparsemtl.ops.availability import DTYPES, INTERPRETING, native_module, why_not_triton
+from sparsemtl.ops.layout import dense, laid_out_like, ordered_like
 from sparsemtl.ops.memory import empty_like
+from sparsemtl.ops.tiles import LARGEST_GROUP, Tile, grid, group_size, why_not_strides
+
+if TYPE_CHECKING:
+    from sparsemtl.ops.soft_threshold import ThresholdStats
 
 Tensors = Sequence[Tensor]
 Gradients = tuple[tuple[Tensor, ...], Tensor]  # of each weight; of alpha
-Stats = tuple[tuple[Tensor, ...], Tensor, "tuple[Tensor, ...] | None"]  # fields of ThresholdStats
 
 TRITON_BLOCK = 1024  # weights of one program: 8 values in each lane of four warps
 
@@ -61,6 +65,77 @@ def _pack_bits(alive: Tensor) -> Tensor:
     return (padded.view(-1, 8) * place).sum(1, dtype=torch.uint8)
 
 
+# Which arguments a backend takes.
+
+
+def _why_not(
+    why_not_device: Callable[[Tensor | None], str | None],
+    weights: Sequence[Tensor],
+    dtype: torch.dtype | None,
+) -> str | None:
+    asked = why_not_triton_values if why_not_device is why_not_triton else why_not_values
+    return why_not_device(weights[0] if weights else None) or asked(dtype)
+
+
+def why_not_values(dtype: torch.dtype | None) -> str | None:
+    """Why a kernel cannot write values of this type; None if it can."""
+    if dtype is None or dtype in DTYPES:
+        return None
+    return f"values are {dtype}, it gives float32, bfloat16 and float16"
+
+
+def why_not_triton_values(dtype: torch.dtype | None) -> str | None:
+    """The same for Triton, whose interpreter cannot store bfloat16."""
+    if INTERPRETING and dtype is torch.bfloat16:
+        return "values are torch.bfloat16, which the interpreter truncates"
+    return why_not_values(dtype)
+
+
+def unless_type(why_not_device: Callable[[Tensor | None], str | None]) -> Callable[..., Any]:
+    """Turn a question about one tensor into `why_not` of this op's arguments."""
+
+    def why_not(
+        weights: Sequence[Tensor] = (),
+        alpha: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> str | None:
+        return _why_not(why_not_device, weights, dtype)
+
+    return why_not
+
+
+def unless_values(
+    why_not_device: Callable[[Tensor | None], str | None], tiles: bool = False
+) -> Callable[..., Any]:
+    """The same for the statistics; tiles: whether the backend counts them."""
+
+    def why_not(
+        weights: Sequence[Tensor] = (),
+        alpha: Tensor | None = None,
+        bitmask: bool = False,
+        dtype: torch.dtype | None = None,
+        tile: Tile | None = None,
+    ) -> str | None:
+        reason = _why_not(why_not_device, weights, dtype)
+        if reason is not None or tile is None:
+            return reason
+        return why_not_groups(weights, tile) if tiles else "it does not count tiles"
+
+    return why_not
+
+
+def why_not_groups(weights: Tensors, tile: Tile, most: int = LARGEST_GROUP) -> str | None:
+    """Why the Triton kernels over groups cannot take these weights; None if they can."""
+    for weight in weights:
+        columns = tile.columns or (weight.numel() // weight.shape[0] if weight.numel() else 1)
+        if group_size(tile.rows, columns) > most:
+            return f"a group has {tile.rows} x {columns} weights, it takes {most} in all"
+        reason = why_not_strides(weight, tile)
+        if reason is not None:
+            return reason
+    return None
+
+
 # Native: csrc/cpu/soft_threshold.cpp.
 
 
@@ -68,16 +143,33 @@ def _addresses(tensors: Tensors) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
 
 
-def native(weights: Tensors, alpha: Tensor) -> tuple[Tensor, ...]:
-    return _native_forward(weights, alpha, None, ())
+def native(weights: Tensors, alpha: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    return _as_type(_native_forward(weights, alpha, None, ()), dtype)
 
 
-def native_stats(weights: Tensors, alpha: Tensor, bitmask: bool) -> Stats:
+def native_stats(
+    weights: Tensors,
+    alpha: Tensor,
+    bitmask: bool,
+    dtype: torch.dtype | None = None,
+    tile: Tile | None = None,
+) -> ThresholdStats:
     counts = torch.empty(len(weights), dtype=torch.int64, device="cpu")
     sizes = [-(-w.numel() // 8) for w in weights]
     masks = tuple(torch.empty(size, dtype=torch.uint8, device="cpu") for size in sizes)
     values = _native_forward(weights, alpha, counts, masks if bitmask else ())
-    return values, counts, masks if bitmask else None
+    return _stats(_as_type(values, dtype), counts, masks if bitmask else None)
+
+
+def _as_type(values: tuple[Tensor, ...], dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    """The CPU's kernels write the weights' type; narrowing is a pass of its own there."""
+    return values if dtype is None else tuple([value.to(dtype) for value in values])
+
+
+def _stats(*fields: Any) -> ThresholdStats:
+    from sparsemtl.ops.soft_threshold import ThresholdStats
+
+    return ThresholdStats(*fields)
 
 
 def _native_forward(
@@ -122,21 +214,34 @@ def native_backward(weights: Tensors, alpha: Tensor, grads: Tensors) -> Gradient
 # Triton: kernels/soft_threshold.py. Imported at first use: triton takes long to load.
 
 
-def triton(weights: Tensors, alpha: Tensor) -> tuple[Tensor, ...]:
+def triton(weights: Tensors, alpha: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
     from sparsemtl.kernels.soft_threshold import soft_threshold_fwd
 
     weights = [dense(weight) for weight in weights]
-    values = tuple(torch.empty_like(weight) for weight in weights)
+    values = tuple(torch.empty_like(weight, dtype=dtype) for weight in weights)
     soft_threshold_fwd(weights, alpha, values, TRITON_BLOCK)
     return values
 
 
-def triton_stats(weights: Tensors, alpha: Tensor, bitmask: bool) -> Stats:
-    from sparsemtl.kernels.soft_threshold import block_table, soft_threshold_fwd
+def triton_stats(
+    weights: Tensors,
+    alpha: Tensor,
+    bitmask: bool,
+    dtype: torch.dtype | None = None,
+    tile: Tile | None = None,
+) -> ThresholdStats:
+    from sparsemtl.kernels.shared import block_table
+    from sparsemtl.kernels.soft_threshold import soft_threshold_fwd, soft_threshold_tiles
 
     weights = [dense(weight) for weight in weights]
     device = alpha.device
-    values = tuple(torch.empty_like(weight) for weight in weights)
+    values = tuple(torch.empty_like(weight, dtype=dtype) for weight in weights)
+    if tile is not None:
+        places = [(grid(w.shape, tile), device) for w in weights]
+        tiles = tuple(torch.empty(p, dtype=torch.int32, device=d) for p, d in places)
+        norms = tuple(torch.empty(p, dtype=torch.float32, device=d) for p, d in places)
+        soft_threshold_tiles(weights, alpha, values, tiles, norms, tile)
+        return _stats(values, torch.stack([t.sum() for t in tiles]), None, norms, tiles)
     masks = tuple(
         torch.empty(-(-weight.numel() // 8), dtype=torch.uint8, device=device) for weight in weights
     )
@@ -145,14 +250,14 @@ def triton_stats(weights: Tensors, alpha: Tensor, bitmask: bool) -> Stats:
     soft_threshold_fwd(weights, alpha, values, TRITON_BLOCK, live, masks if bitmask else ())
     counts = torch.zeros(len(weights), dtype=torch.int64, device=device)
     counts.index_add_(0, owner, live)  # integers: exact in any order
-    return values, counts, masks if bitmask else None
+    return _stats(values, counts, masks if bitmask else None)
 
 
 def triton_backward(weights: Tensors, alpha: Tensor, grads: Tensors) -> Gradients:
     from sparsemtl.kernels.soft_threshold import soft_threshold_bwd
 
     weights = [dense(weight) for weight in weights]
-    grads = [laid_out_like(grad, weight) for grad, weight in zip(grads, weights, strict=True)]
+    grads = [ordered_like(grad, weight) for grad, weight in zip(grads, weights, strict=True)]
     grad_weights = tuple(torch.empty_like(weight) for weight in weights)
     blocks = sum(-(-weight.numel() // TRITON_BLOCK) for weight in weights)
     partials = torch.empty(blocks, dtype=torch.float32, device=alpha.device)
@@ -168,12 +273,13 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def cuda(weights: Tensors, alpha: Tensor) -> tuple[Tensor, ...]:
+def cuda(weights: Tensors, alpha: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
     weights, threshold = [dense(weight) for weight in weights], alpha.float()
-    values = tuple(torch.empty_like(weight) for weight in weights)
+    values = tuple(torch.empty_like(weight, dtype=dtype) for weight in weights)
     with torch.cuda.device(alpha.device):
         native_module().soft_threshold_forward_cuda(
             DTYPES[weights[0].dtype],
+            DTYPES[values[0].dtype],
             _addresses(weights),
             [weight.numel() for weight in weights],
             _addresses(values),
@@ -185,7 +291,7 @@ def cuda(weights: Tensors, alpha: Tensor) -> tuple[Tensor, ...]:
 
 def cuda_backward(weights: Tensors, alpha: Tensor, grads: Tensors) -> Gradients:
     weights, threshold = [dense(weight) for weight in weights], alpha.float()
-    grads = [laid_out_like(grad, weight) for grad, weight in zip(grads, weights, strict=True)]
+    grads = [ordered_like(grad, weight) for grad, weight in zip(grads, weights, strict=True)]
     grad_weights = tuple(torch.empty_like(weight) for weight in weights)
     sizes = [weight.numel() for weight in weights]
     chunks = sum(-(-size // native_module().SOFT_THRESHOLD_CUDA_CHUNK) for size in sizes)
@@ -194,6 +300,7 @@ def cuda_backward(weights: Tensors, alpha: Tensor, grads: Tensors) -> Gradients:
     with torch.cuda.device(alpha.device):
         native_module().soft_threshold_backward_cuda(
             DTYPES[weights[0].dtype],
+            DTYPES[grads[0].dtype],
             _addresses(weights),
             sizes,
             _addresses(grads),

@@ -15,14 +15,8 @@ from sparsemtl.ops.block_pattern import BlockPattern
 from sparsemtl.ops.sparse_conv2d_backends import ACTIVATIONS
 from sparsemtl.ops.sparse_conv2d_pixels import pixel_order
 from sparsemtl.ops.sparse_conv2d_plan import Geometry
-from sparsemtl.ops.sparse_conv2d_triton import (
-    Tile,
-    channels_of,
-    default_tile,
-    empty_nhwc,
-    nhwc,
-    precision,
-)
+from sparsemtl.ops.sparse_conv2d_tiles import Tile, default_tile, precision
+from sparsemtl.ops.sparse_conv2d_triton import channels_of, empty_nhwc, nhwc
 
 ALIGNMENT = 16  # bytes; what the kernel is compiled for
 Rows = tuple[tuple[int, ...], ...]

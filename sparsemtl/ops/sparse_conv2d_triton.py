@@ -8,7 +8,6 @@ are tf32 where torch allows cuDNN that, else exact.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,86 +20,14 @@ from sparsemtl.ops.pattern import Pattern
 from sparsemtl.ops.sparse_conv2d_backends import ACTIVATIONS, reference, reference_backward
 from sparsemtl.ops.sparse_conv2d_pixels import MOST_TAPS, PixelOrder, pixel_order, why_not_pixels
 from sparsemtl.ops.sparse_conv2d_plan import Geometry
+from sparsemtl.ops.sparse_conv2d_tiles import Tile as Tile
+from sparsemtl.ops.sparse_conv2d_tiles import default_tile as default_tile
+from sparsemtl.ops.sparse_conv2d_tiles import fitted as fitted
+from sparsemtl.ops.sparse_conv2d_tiles import precision, splits
+from sparsemtl.ops.sparse_conv2d_tiles import tiles_of as tiles_of
 
 if TYPE_CHECKING:
     from sparsemtl.kernels.sparse_conv2d import Channels, Pixels
-
-_SMALLEST, _LARGEST = 16, 128  # sides of a block that tl.dot takes and that registers hold
-_PROGRAMS = 264  # two for each of an H100's 132 processors: below, work is split further
-_MOST_PARTIALS = 1 << 26  # float32 values, 256 MiB
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How one pass is cut: pixels, destination and source channels; and how it is launched."""
-
-    pixels: int
-    dest: int
-    source: int
-    warps: int = 4
-    stages: int = 3
-    panel: int = 1  # blocks of the weight gradient that share the output's gradient
-
-
-# Candidates of a pass, the first the default. Blocks smaller than a tile's sides replace them. The
-# compiler spends every other stage on the entry that the next loads depend on: 5 make 3 buffers.
-NARROW = (  # bfloat16, float16
-    Tile(128, 128, 64, 8, 5),
-    Tile(128, 64, 64, 4, 5),
-    Tile(64, 128, 64, 4, 5),
-    Tile(64, 64, 64, 4, 5),
-    Tile(256, 64, 64, 8, 5),
-    Tile(128, 32, 32, 4, 5),
-    Tile(128, 16, 16, 4, 5),
-)
-WIDE = (  # float32 through tf32
-    Tile(128, 64, 32, 8, 5),
-    Tile(64, 64, 32, 4, 5),
-    Tile(128, 32, 32, 4, 5),
-    Tile(64, 16, 16, 4, 5),
-)
-RAGGED = Tile(64, 64, 32, 4, 5)  # bfloat16, float16 where a tile does not divide the channels
-EXACT = (Tile(64, 32, 16, 4, 3), Tile(32, 32, 16, 4, 3), Tile(32, 16, 16, 4, 3))  # float32
-GRAD_NARROW = (
-    Tile(64, 64, 64, 8, 5, 2),
-    Tile(64, 128, 64, 8, 5, 2),
-    Tile(32, 64, 64, 8, 5, 4),
-    Tile(64, 32, 32, 8, 5, 4),
-    Tile(64, 16, 16, 8, 5, 8),
-)
-GRAD_WIDE = (Tile(32, 64, 32, 8, 5, 2), Tile(32, 32, 32, 8, 5, 4), Tile(32, 16, 16, 4, 5, 4))
-GRAD_EXACT = (Tile(16, 32, 16, 4, 3, 2), Tile(16, 16, 16, 4, 3, 2))
-
-
-def precision() -> str:
-    """How products of float32 are formed: "tf32" where torch lets cuDNN, else "ieee"."""
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
-
-
-def tiles_of(
-    dtype: torch.dtype, *, grad: bool = False, products: str | None = None
-) -> tuple[Tile, ...]:
-    """Candidates for the forward pass and input gradient, or for the weight gradient.
-
-    products: "tf32" or "ieee", of float32; by default what `precision` says
-    """
-    if dtype is not torch.float32:
-        return GRAD_NARROW if grad else NARROW
-    if (products or precision()) == "tf32":
-        return GRAD_WIDE if grad else WIDE
-    return GRAD_EXACT if grad else EXACT
-
-
-def fitted(tile: Tile, dest: int, source: int, block: tuple[int, int] | None) -> Tile:
-    """A tile no larger than the channels or the block, dest by source, that it serves."""
-    sides = []
-    for wanted, channels, side in ((tile.dest, dest, 0), (tile.source, source, 1)):
-        limit = channels if block is None else min(channels, block[side])
-        power = 1 << max(limit - 1, 0).bit_length()
-        if block is not None:  # a divisor of the block, so that no tile is alive in part
-            power = min(power, block[side] & -block[side]) if block[side] >= _SMALLEST else power
-        sides.append(min(wanted, max(power, _SMALLEST), _LARGEST))
-    return Tile(tile.pixels, sides[0], sides[1], tile.warps, tile.stages, tile.panel)
 
 
 def why_not_here(x: Tensor | None = None, weight: Tensor | None = None) -> str | None:
@@ -112,6 +39,8 @@ def why_not_here(x: Tensor | None = None, weight: Tensor | None = None) -> str |
         return f"x is {x.dtype} and weight {weight.dtype}, it takes one type"
     if x.numel() == 0 or weight.numel() == 0:
         return "x or weight is empty"
+    if weight.numel() >= 1 << 31:
+        return f"weight has {weight.numel()} values, it counts them in 32 bits"
     taps = weight.shape[2] * weight.shape[3]
     return f"the kernel has {taps} taps, it takes up to {MOST_TAPS}" if taps > MOST_TAPS else None
 
@@ -212,19 +141,30 @@ def conv_blocks_weight_grad(
     g: Geometry,
     tile: Tile | None = None,
     threshold: tuple[Tensor, Tensor] | None = None,
+    grouped: bool = False,
 ) -> Any:
     """The gradient of weight, zero outside of live blocks.
 
-    threshold: W and α of which weight is S(W, α); then the gradients of both are returned
+    threshold: W in float32 and α, of which weight is S(W, α): then the gradients of both are
+               returned, of their own types. Blocks must hold all that is alive in weight
+    grouped:   S is that of groups, which are the tile's blocks; see `fits_groups`
     """
-    from sparsemtl.kernels.sparse_conv2d import Panels, Tiling, sparse_conv2d_weight_grad
+    from sparsemtl.kernels.sparse_conv2d import Tiling
+    from sparsemtl.kernels.sparse_conv2d_weight_grad import (
+        ELEMENTS,
+        GROUPS,
+        Panels,
+        Threshold,
+        sparse_conv2d_weight_grad,
+    )
 
     tile = tile or default_tile(weight, blocks, g, grad=True)
     order = pixel_order(g, x.shape[0], (x.shape[2], x.shape[3]), tile.pixels, False, x.device)
     lists = Panels(*blocks.panels(order, tile.dest, tile.source, tile.panel))
     rows, panels, tiles = lists.tile_lists.shape
-    found = torch.zeros_like(nhwc(weight))
-    split = _splits(rows * panels, tiles, rows * panels * tile.dest * tile.panel * tile.source)
+    kind = weight.dtype if threshold is None else threshold[0].dtype
+    found = torch.zeros_like(weight, dtype=kind, memory_format=torch.channels_last)
+    split = splits(rows * panels, tiles, rows * panels * tile.dest * tile.panel * tile.source)
     partials = None
     if split > 1:
         shape = (split, rows, panels, tile.dest, tile.panel * tile.source)
@@ -232,7 +172,8 @@ def conv_blocks_weight_grad(
     given = None
     if threshold is not None:
         shares = torch.zeros(rows, panels, dtype=torch.float32, device=x.device)
-        given = (nhwc(threshold[0].detach().float()), threshold[1].detach().float(), shares)
+        master, alpha = nhwc(threshold[0].detach().float()), threshold[1].detach().float()
+        given = Threshold(GROUPS if grouped else ELEMENTS, master, alpha, shares)
     tiling = Tiling(tile.pixels, tile.dest, tile.source, tile.warps, tile.stages, tile.panel)
     sparse_conv2d_weight_grad(
         nhwc(x), nhwc(grad), found, _pixels(order), lists, channels_of(weight, g, False),
@@ -241,7 +182,13 @@ def conv_blocks_weight_grad(
     if given is None or threshold is None:
         return found
     alpha = threshold[1]
-    return found, (-given[2].sum(dtype=torch.float64)).to(alpha.dtype).reshape(alpha.shape)
+    total = given.shares.sum(dtype=torch.float64)  # one order for one shape, no atomics
+    return found, (-total).to(alpha.dtype).reshape(alpha.shape)
+
+
+def fits_groups(tile: Tile, group: tuple[int, int]) -> bool:
+    """Whether every group is one block of the tile, so that a program sees all of it."""
+    return (tile.dest, tile.source) == group
 
 
 def _launch(
@@ -262,7 +209,7 @@ def _launch(
     lists = Lists(*blocks.lists(order, tile.dest, tile.source, transposed))
     tiles, entries = len(order.classes), lists.entries.shape[2]
     channels = channels_of(weight, g, transposed)
-    split = _splits(tiles * len(lists.rows), entries, tiles * tile.pixels * dest.shape[1])
+    split = splits(tiles * len(lists.rows), entries, tiles * tile.pixels * dest.shape[1])
     partials = None
     if split > 1:
         shape = (split, tiles * tile.pixels, dest.shape[1])
@@ -272,37 +219,6 @@ def _launch(
         source, weight, dest, _pixels(order), lists, channels, g.kernel[1], tiling, epilogue,
         precision(), partials,
     )  # fmt: skip
-
-
-def default_tile(
-    weight: Tensor, blocks: BlockPattern, g: Geometry, transposed: bool = False, grad: bool = False
-) -> Tile:
-    """The first candidate, fitted to the channels of a group and to the blocks."""
-    dest, source = weight.shape[0] // g.groups, weight.shape[1]
-    block = blocks.block
-    if block == (1, 1):
-        block = None  # single weights: tiles as the channels allow
-    if transposed:
-        dest, source = source, dest
-        block = None if block is None else (block[1], block[0])
-    tile = fitted(tiles_of(weight.dtype, grad=grad)[0], dest, source, block)
-    whole = dest % tile.dest == 0 and source % tile.source == 0
-    if whole or grad or weight.dtype is torch.float32:
-        return tile
-    return fitted(RAGGED, dest, source, block)
-
-
-def _splits(programs: int, steps: int, size: int) -> int:
-    """Into how many parts the sum of a tile is cut, by shapes alone: 1, 2, 4 or 8."""
-    split = 1
-    while (
-        split < 8
-        and programs * split < _PROGRAMS
-        and steps >= 16 * split
-        and 2 * split * size <= _MOST_PARTIALS
-    ):
-        split *= 2
-    return split
 
 
 def _pixels(order: PixelOrder) -> Pixels:

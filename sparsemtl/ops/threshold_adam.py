@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from sparsemtl.ops import threshold_adam_backends as backends
 from sparsemtl.ops.dispatch import Backend, Op, in_functorch, through_torch
+from sparsemtl.ops.group_threshold import group_norms, group_threshold_reference
 from sparsemtl.ops.soft_threshold import (
     SOFT_THRESHOLD,
     ThresholdStats,
@@ -36,7 +37,13 @@ from sparsemtl.ops.soft_threshold import (
     soft_threshold_reference,
 )
 from sparsemtl.ops.soft_threshold_backends import count_reference
-from sparsemtl.ops.threshold_adam_checks import check_alpha, check_out, check_state
+from sparsemtl.ops.threshold_adam_checks import (
+    check_alpha,
+    check_groups,
+    check_out,
+    check_state,
+)
+from sparsemtl.ops.tiles import Tile, grid, tile_sizes
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ def threshold_adam(
     dtype: torch.dtype | None = None,
     bitmask: bool = False,
     out: ThresholdStats | None = None,
+    tile: Tile | tuple[int, int] | None = None,
 ) -> ThresholdStats:
     """Step every weight by Adam, in place, and return S of the new weights; without autograd.
 
@@ -93,6 +101,8 @@ def threshold_adam(
     dtype:   type of the values; None: the weights'
     bitmask: whether to return one bit per weight as well
     out:     an earlier result for the same weights, to be overwritten and returned
+    tile:    groups that live or die together: S is that of `group_threshold`, and the result
+             holds their norms; not together with bitmask
     returns: the new S(W), as `soft_threshold_stats` gives them
     raises:  TypeError, ValueError for other arguments; BackendUnavailable
     """
@@ -105,15 +115,17 @@ def threshold_adam(
             )
     check_state(state, len(rules))
     check_alpha(state[0], alpha, owners)
+    tile = None if tile is None else Tile(*tile)
+    check_groups(tile, alpha, bitmask)
     if alpha is None or not state[0]:
         out = _empty_result(state[0])
     elif out is None:
-        out = _outputs(state[0], dtype, bitmask)
+        out = _outputs(state[0], dtype, bitmask, tile)
     else:
-        check_out(state[0], out, dtype, bitmask)
+        check_out(state[0], out, dtype, bitmask, tile)
     with torch.no_grad():
-        chosen = THRESHOLD_ADAM.choose(*state, rules, alpha, owners, out)
-        chosen.forward(*state, rules, alpha, owners, out)
+        chosen = THRESHOLD_ADAM.choose(*state, rules, alpha, owners, out, tile)
+        chosen.forward(*state, rules, alpha, owners, out, tile)
     return out
 
 
@@ -130,14 +142,25 @@ def threshold_adam_reference(
     dtype: torch.dtype | None = None,
     bitmask: bool = False,
     out: ThresholdStats | None = None,
+    tile: Tile | None = None,
 ) -> ThresholdStats:
     """The meaning of threshold_adam: torch's own sequence, any float type, device and layout."""
     for weight, grad, mean, square, rule in zip(weights, grads, means, squares, rules, strict=True):
         _adam_reference(weight, grad.to(weight.dtype), mean, square, rule)
     if alpha is None or not weights:
         return _empty_result(weights)
-    out = _outputs(list(weights), dtype, bitmask) if out is None else out
+    out = _outputs(list(weights), dtype, bitmask, tile) if out is None else out
     for i, (weight, owner) in enumerate(zip(weights, owners, strict=True)):
+        if tile is not None:
+            assert out.norms is not None
+            value = group_threshold_reference(weight, alpha[owner], tile)
+            norm = group_norms([weight], tile)[0]
+            out.values[i].copy_(value)
+            out.norms[i].copy_(norm)
+            sizes = tile_sizes(weight.shape, tile).to(weight.device)
+            dead = norm / sizes.to(norm.dtype).sqrt() <= alpha[owner].to(norm.dtype)
+            out.nonzeros[i] = (sizes * ~dead).sum()
+            continue
         out.values[i].copy_(soft_threshold_reference(weight, alpha[owner]))
         counts, masks = count_reference([weight], alpha[owner], out.bitmasks is not None)
         out.nonzeros[i] = counts[0]
@@ -173,14 +196,13 @@ def ready_values(
     if in_functorch() or through_torch(alpha, *weights):
         return soft_threshold_component(weights, alpha)
     if torch.is_grad_enabled() and (alpha.requires_grad or any(w.requires_grad for w in weights)):
-        return _Ready.apply(alpha, *weights, list(values))
+        return _Ready.apply(alpha, list(values), *weights)
     return tuple(value.detach() for value in values)
 
 
 class _Ready(_SoftThreshold):
     @staticmethod
-    def forward(ctx: Any, alpha: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        *weights, values = rest
+    def forward(ctx: Any, alpha: Tensor, values: Any, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(alpha, *weights)
         ctx.backend = SOFT_THRESHOLD.choose(weights, alpha)  # of the backward pass
@@ -189,7 +211,7 @@ class _Ready(_SoftThreshold):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*_SoftThreshold.backward(ctx, *grads), None)
+        return _SoftThreshold.backward(ctx, *grads)
 
 
 def threshold_adam_bytes(weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> int:
@@ -204,10 +226,17 @@ def threshold_adam_bytes(weights: Sequence[Tensor], dtype: torch.dtype | None = 
     return total
 
 
-def _outputs(weights: list[Tensor], dtype: torch.dtype | None, bitmask: bool) -> ThresholdStats:
+def _outputs(
+    weights: list[Tensor], dtype: torch.dtype | None, bitmask: bool, tile: Tile | None
+) -> ThresholdStats:
     device = weights[0].device
     values = tuple(torch.empty_like(weight, dtype=dtype) for weight in weights)
     counts = torch.empty(len(weights), dtype=torch.int64, device=device)
+    if tile is not None:
+        norms = [
+            torch.empty(grid(w.shape, tile), dtype=torch.float32, device=device) for w in weights
+        ]
+        return ThresholdStats(values, counts, None, tuple(norms))
     if not bitmask:
         return ThresholdStats(values, counts, None)
     masks = [torch.empty(-(-w.numel() // 8), dtype=torch.uint8, device=device) for w in weights]
@@ -220,8 +249,8 @@ def _empty_result(weights: Sequence[Tensor]) -> ThresholdStats:
 
 
 def _reference(*args: Any) -> None:
-    *given, out = args
-    threshold_adam_reference(*given, out=out)
+    *given, out, tile = args
+    threshold_adam_reference(*given, out=out, tile=tile)
 
 
 THRESHOLD_ADAM = Op(

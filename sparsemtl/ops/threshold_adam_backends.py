@@ -11,20 +11,26 @@ from torch import Tensor
 
 from sparsemtl.ops.availability import (
     DTYPES,
-    INTERPRETING,
     native_module,
     why_not_cuda,
     why_not_native,
     why_not_triton,
 )
 from sparsemtl.ops.layout import is_dense, laid_out_like
-from sparsemtl.ops.soft_threshold_backends import TRITON_BLOCK
+from sparsemtl.ops.soft_threshold_backends import (
+    TRITON_BLOCK,
+    why_not_groups,
+    why_not_triton_values,
+    why_not_values,
+)
+from sparsemtl.ops.tiles import Tile
 
 if TYPE_CHECKING:
     from sparsemtl.ops.soft_threshold import ThresholdStats
     from sparsemtl.ops.threshold_adam import AdamRule
 
 Tensors = Sequence[Tensor]
+LARGEST_GROUP = 1 << 12  # weights, gradients and two moments of it are in registers at once
 
 
 def numbers(rule: AdamRule) -> list[float]:
@@ -79,6 +85,9 @@ def _why_not(
     alpha: Tensor | None = None,
     owners: Sequence[int] = (),
     out: ThresholdStats | None = None,
+    tile: Tile | None = None,
+    *,
+    groups: bool = False,
 ) -> str | None:
     """Why a kernel cannot run here, or cannot take these arguments; None if it can."""
     reason = why_not_device(weights[0] if weights else None)
@@ -94,8 +103,16 @@ def _why_not(
         return "two of the tensors to change share their memory"
     values = () if out is None else out.values
     for value in values:
-        if value.dtype not in DTYPES:
-            return f"values are {value.dtype}, it gives float32, bfloat16 and float16"
+        if (wrong := why_not_values(value.dtype)) is not None:
+            return wrong
+    if tile is not None:
+        limits = (
+            "it steps single weights only"
+            if not groups
+            else why_not_groups(weights, tile, LARGEST_GROUP)
+        )
+        if limits is not None:
+            return limits
     return why_not_laid_out(weights, means, squares, values)
 
 
@@ -113,6 +130,7 @@ def native(
     alpha: Tensor | None,
     owners: Sequence[int],
     out: ThresholdStats,
+    tile: Tile | None = None,
 ) -> None:
     grads = [laid_out_like(grad, weight) for grad, weight in zip(grads, weights, strict=True)]
     values, masks, alphas = out.values, out.bitmasks or (), [0.0] * len(weights)
@@ -140,13 +158,12 @@ def native(
 
 
 def why_not_triton_here(*args: Any) -> str | None:
-    """As `_why_not`, for the Triton kernel; its interpreter cannot store bfloat16."""
-    reason = _why_not(why_not_triton, *args)
+    """As `_why_not`, for the Triton kernels; their interpreter cannot store bfloat16."""
+    reason = _why_not(why_not_triton, *args, groups=True)
     out: ThresholdStats | None = args[7] if len(args) > 7 else None
-    if reason is not None or out is None or not INTERPRETING:
+    if reason is not None or out is None:
         return reason
-    narrow = any(value.dtype is torch.bfloat16 for value in out.values)
-    return "values are torch.bfloat16, which the interpreter truncates" if narrow else None
+    return next((r for v in out.values if (r := why_not_triton_values(v.dtype))), None)
 
 
 def triton(
@@ -158,22 +175,19 @@ def triton(
     alpha: Tensor | None,
     owners: Sequence[int],
     out: ThresholdStats,
+    tile: Tile | None = None,
 ) -> None:
-    from sparsemtl.kernels.soft_threshold import block_table
-    from sparsemtl.kernels.threshold_adam import threshold_adam
+    from sparsemtl.kernels.threshold_adam import threshold_adam, threshold_adam_groups
 
     grads = [laid_out_like(grad, weight) for grad, weight in zip(grads, weights, strict=True)]
-    device, masks, live = weights[0].device, out.bitmasks or (), None
-    sizes = tuple(weight.numel() for weight in weights)
-    tables = block_table(sizes, TRITON_BLOCK, device)
-    if alpha is not None:
-        live = torch.empty(len(tables[0]), dtype=torch.int64, device=device)
-    threshold_adam(
-        *(tables, (weights, grads, means, squares), *number_rules(rules), alpha, owners),
-        *(out.values, masks, live, TRITON_BLOCK),
-    )
-    if live is not None:
-        out.nonzeros.zero_().index_add_(0, tables[0], live)  # integers: exact in any order
+    masks, state = out.bitmasks or (), (weights, grads, means, squares)
+    given = (state, *number_rules(rules), alpha, owners, out.values)
+    if tile is None:
+        threshold_adam(*given, masks, out.nonzeros, TRITON_BLOCK)
+    else:
+        assert alpha is not None
+        assert out.norms is not None
+        threshold_adam_groups(*given, out.norms, out.nonzeros, tile)
     torch.autograd.graph.increment_version([*weights, *means, *squares, *out.values, *masks])
 
 
@@ -199,6 +213,7 @@ def cuda(
     alpha: Tensor | None,
     owners: Sequence[int],
     out: ThresholdStats,
+    tile: Tile | None = None,
 ) -> None:
     grads = [laid_out_like(grad, weight) for grad, weight in zip(grads, weights, strict=True)]
     values, masks, device = out.values, out.bitmasks or (), weights[0].device

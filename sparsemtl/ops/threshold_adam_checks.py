@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparsemtl.ops.tiles import Tile, check_tile, grid
+
 if TYPE_CHECKING:
     from sparsemtl.ops.soft_threshold import ThresholdStats
 
@@ -71,8 +73,24 @@ def check_alpha(weights: list[Tensor], alpha: Tensor | None, owners: list[int]) 
         raise ValueError(f"{who}: Expected alpha ≥ 0, got {alpha.min().item()}")
 
 
+def check_groups(tile: Tile | None, alpha: Tensor | None, bitmask: bool) -> None:
+    """Groups need a threshold, and have no bit for each weight."""
+    if tile is None:
+        return
+    check_tile("threshold_adam", tile)
+    if alpha is None or bitmask:
+        raise ValueError(
+            "threshold_adam: Expected tile together with alpha and without bitmask, "
+            f"got {'bitmask' if bitmask else 'no alpha'}"
+        )
+
+
 def check_out(
-    weights: list[Tensor], out: ThresholdStats, dtype: torch.dtype | None, bitmask: bool
+    weights: list[Tensor],
+    out: ThresholdStats,
+    dtype: torch.dtype | None,
+    bitmask: bool,
+    tile: Tile | None = None,
 ) -> None:
     """An earlier result must fit in number, shape and type."""
     fits = (
@@ -82,6 +100,12 @@ def check_out(
         and all(
             v.shape == w.shape and v.dtype is (dtype or w.dtype) and v.device == w.device
             for v, w in zip(out.values, weights, strict=True)
+        )
+        and (out.norms is None) == (tile is None)
+        and (
+            out.norms is None
+            or tile is None
+            or [tuple(n.shape) for n in out.norms] == [grid(w.shape, tile) for w in weights]
         )
     )
     if not fits:

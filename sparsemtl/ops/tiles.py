@@ -14,12 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsemtl.ops.layout import dense
+
 
 class Tile(NamedTuple):
     """Output channels by input channels of one group, at one tap; columns 0: all, of all taps."""
 
     rows: int
     columns: int
+
+
+LARGEST_GROUP = 1 << 13  # weights that one Triton program holds in registers
 
 
 def check_tile(who: str, tile: Tile) -> None:
@@ -65,6 +70,25 @@ def spread_tiles(values: Tensor, shape: tuple[int, ...] | torch.Size, tile: Tile
     width = tile.columns or max(columns, 1)
     found = values.repeat_interleave(tile.rows, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
     return found.reshape(shape)
+
+
+def group_size(rows: int, columns: int) -> int:
+    """Places that a Triton program keeps for a group: its sides rounded up to powers of 2."""
+    return (1 << max(rows - 1, 0).bit_length()) * (1 << max(columns - 1, 0).bit_length())
+
+
+def why_not_strides(weight: Tensor, tile: Tile) -> str | None:
+    """Why the Triton kernels over tiles cannot walk a weight's memory; None if they can."""
+    if weight.dim() not in (2, 4):
+        return f"a weight has {weight.dim()} axes, it takes 2 and 4"
+    strides = dense(weight.detach()).stride()
+    if weight.numel() > 0 and tile.columns == 0 and strides[0] * weight.shape[0] != weight.numel():
+        return f"rows of a weight of strides {strides} are not in one piece"
+    if weight.dim() == 4 and strides[2] != weight.shape[3] * strides[3] and weight.shape[2] > 1:
+        return f"taps of a weight of strides {strides} are not evenly spaced"
+    if weight.numel() >= 1 << 31:
+        return f"a weight has {weight.numel()} values, it counts them in 32 bits"
+    return None
 
 
 def _matrix(shape: tuple[int, ...] | torch.Size, tile: Tile) -> tuple[int, int, int]:

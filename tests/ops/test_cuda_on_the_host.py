@@ -62,17 +62,21 @@ def pointer(tensor) -> ctypes.c_void_p:
 SIZES = [(1,), (0,), (31,), (33,), (4095,), (4097,), (9000,)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_soft_threshold(host, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "narrow"),
+    [*((d, d) for d in DTYPES), (torch.float32, torch.bfloat16), (torch.float32, torch.float16)],
+    ids=str,
+)
+def test_soft_threshold(host, dtype, narrow):
     rng = torch.Generator().manual_seed(0)
     weights = [torch.randn(s, generator=rng).to(dtype) for s in SIZES] * 12  # more than a table
     weights[6][:3] = torch.tensor([float("nan"), float("inf"), -0.0])
     alpha = torch.tensor(0.5)
-    grads = [torch.randn(w.shape, generator=rng).to(dtype) for w in weights]
-    values = [torch.full_like(w, 7.0) for w in weights]
+    grads = [torch.randn(w.shape, generator=rng).to(narrow) for w in weights]
+    values = [torch.full_like(w, 7.0, dtype=narrow) for w in weights]
     found = [torch.full_like(w, 7.0) for w in weights]
     sizes, n = integers([w.numel() for w in weights]), ctypes.c_int64(len(weights))
-    given = (DTYPES[dtype], n, addresses(weights), sizes)
+    given = (DTYPES[dtype], DTYPES[narrow], n, addresses(weights), sizes)
     host.host_soft_threshold(*given, addresses(values), pointer(alpha))
     chunks = sum(-(-w.numel() // 4096) for w in weights)
     sums, total = torch.empty(chunks, dtype=torch.float64), torch.empty(1, dtype=torch.float64)
@@ -81,9 +85,10 @@ def test_soft_threshold(host, dtype):
     )
     expected = 0.0
     for w, g, s, gw in zip(weights, grads, values, found, strict=True):
-        torch.testing.assert_close(s, soft_threshold_reference(w, alpha), equal_nan=True)
+        shrunk = soft_threshold_reference(w, alpha).to(narrow)
+        torch.testing.assert_close(s, shrunk, equal_nan=True)
         alive = ~(w.float().abs() <= 0.5)
-        assert torch.equal(gw, torch.where(alive, g, torch.zeros_like(g)))
+        assert torch.equal(gw, torch.where(alive, g, torch.zeros_like(g)).to(dtype))
         expected -= (gw.double() * torch.nan_to_num(w.double().sign())).sum().item()
     assert abs(total.item() - expected) <= 1e-5 * sum(g.float().abs().sum().item() for g in grads)
 

@@ -12,10 +12,12 @@ from torch import Tensor
 from sparsemtl.ops import SPARSE_CONV2D, BackendUnavailable, sparse_conv2d, use_backend
 from sparsemtl.ops import sparse_conv2d_triton as on_gpu
 from sparsemtl.ops.block_pattern import BlockPattern, occupied_blocks, transpose_blocks
+from sparsemtl.ops.group_threshold import group_threshold_reference
 from sparsemtl.ops.sparse_conv2d_grouped import conv_branches
 from sparsemtl.ops.sparse_conv2d_pixels import pixel_order, tap_offset
 from sparsemtl.ops.sparse_conv2d_plan import Geometry
-from sparsemtl.ops.sparse_conv2d_triton import Tile
+from sparsemtl.ops.sparse_conv2d_tiles import Tile, precision
+from sparsemtl.ops.tiles import Tile as Tiles
 from tests.ops.support import skip_if_unusable
 
 SMALL = Tile(16, 16, 16, panel=2)  # an interpreter's tile
@@ -188,7 +190,7 @@ def assert_close(found: Tensor, expected: Tensor, sizes: Tensor) -> None:
     assert found.shape == expected.shape
     assert found.isfinite().all()
     relative = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[found.dtype]
-    if found.is_cuda and found.dtype is torch.float32 and on_gpu.precision() == "tf32":
+    if found.is_cuda and found.dtype is torch.float32 and precision() == "tf32":
         relative = 1e-3
     bound = relative * max(sizes.abs().max().item(), 1e-30)
     assert (found.double().cpu() - expected).abs().max().item() <= bound
@@ -251,7 +253,7 @@ def test_work_that_is_split_gives_the_same_sums(device, monkeypatch):
     sizes = expect(x.abs(), weight.abs(), g, grad.abs().cpu().double())
     bias = torch.ones(16, device=device)
     for splits in (1, 2, 8):
-        monkeypatch.setattr(on_gpu, "_splits", lambda *_, s=splits: s)
+        monkeypatch.setattr(on_gpu, "splits", lambda *_, s=splits: s)
         y = on_gpu.conv_blocks(x, weight, blocks, g, bias, None, "relu", tile=SMALL)
         assert_close(y, (expected[0] + 1.0).relu(), sizes[0])
         found = on_gpu.conv_blocks_input_grad(grad, x, weight, blocks, g, tile=SMALL)
@@ -274,7 +276,7 @@ def test_gradients_go_through_the_threshold(splits, device, monkeypatch):
     weight = torch.where(master.abs() <= alpha, 0.0, master - alpha * master.sign())
     blocks = BlockPattern(weight, 1, (16, 16))
     skip_if_unusable(SPARSE_CONV2D, "triton", x, weight)
-    monkeypatch.setattr(on_gpu, "_splits", lambda *_: splits)
+    monkeypatch.setattr(on_gpu, "splits", lambda *_: splits)
     grad = torch.randn(1, 40, 5, 6, generator=rng).to(device)
     found, grad_alpha = on_gpu.conv_blocks_weight_grad(
         grad, x, weight, blocks, g, tile=SMALL, threshold=(master, alpha)
@@ -287,8 +289,51 @@ def test_gradients_go_through_the_threshold(splits, device, monkeypatch):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((40, 40, 3, 3), 1), ((36, 12, 3, 3), 2), ((32, 48, 1, 1), 1)], ids=str
+)
+def test_gradients_go_through_the_group_threshold(splits, shape, groups, device, monkeypatch):
+    """Groups of one tile each: the epilogue equals group_threshold's own backward pass."""
+    rng = torch.Generator().manual_seed(4)
+    g = geometry(shape[2:], padding=(shape[2] // 2,) * 2, groups=groups)
+    x = torch.randn(1, shape[1] * groups, 5, 6, generator=rng).to(device)
+    master = torch.randn(shape, generator=rng).to(device)
+    master[:16, :16] *= 0.1  # dead blocks
+    master[-1, -1] = 0.0
+    alpha = torch.tensor(0.5, device=device)
+    skip_if_unusable(SPARSE_CONV2D, "triton", x, master)
+    monkeypatch.setattr(on_gpu, "splits", lambda *_: splits)
+    group = (16, 16)
+    leaves = [master.cpu().double().requires_grad_(), alpha.cpu().double().requires_grad_()]
+    shrunk = [  # a convolution's groups are cut one by one
+        group_threshold_reference(part, leaves[1], Tiles(*group))
+        for part in leaves[0].chunk(groups)
+    ]
+    weight = torch.cat(shrunk)
+    grad = torch.randn(1, shape[0], 5, 6, generator=rng).to(device)
+    y = F.conv2d(x.cpu().double(), weight, None, 1, g.padding, 1, groups)
+    expected = torch.autograd.grad(y, leaves, grad.cpu().double())
+    values = weight.detach().float().to(device)
+    blocks = BlockPattern(values, groups, group)
+    assert on_gpu.fits_groups(SMALL, group)
+    found, grad_alpha = on_gpu.conv_blocks_weight_grad(
+        grad, x, values, blocks, g, SMALL, threshold=(master, alpha), grouped=True
+    )
+    sizes = expect(x.abs(), values.abs(), g, grad.abs().cpu().double())[2]
+    assert_close(found, expected[0], sizes)
+    assert not found[:16, :16].any()
+    assert abs(grad_alpha.item() - expected[1].item()) <= 1e-5 * sizes.sum().item()
+    whole = BlockPattern(values, groups, None)  # a list that also holds what is dead
+    more = on_gpu.conv_blocks_weight_grad(
+        grad, x, values, whole, g, SMALL, threshold=(master, alpha), grouped=True
+    )
+    assert_close(more[0], expected[0], sizes)
+
+
+@pytest.mark.interpreter
 def test_bits_repeat_and_lists_do_not_change_them(device, monkeypatch):
-    monkeypatch.setattr(on_gpu, "_splits", lambda *_: 1)  # a split sum is grouped by its list
+    monkeypatch.setattr(on_gpu, "splits", lambda *_: 1)  # a split sum is grouped by its list
     x, weight, g, blocks = make(CASES["blocks-of-16"], device, torch.float32)
     skip_if_unusable(SPARSE_CONV2D, "triton", x, weight)
     y = on_gpu.conv_blocks(x, weight, blocks, g, tile=SMALL)
@@ -299,7 +344,7 @@ def test_bits_repeat_and_lists_do_not_change_them(device, monkeypatch):
 
 @pytest.mark.interpreter
 def test_branches_in_one_launch_are_the_branches_alone(device, monkeypatch):
-    monkeypatch.setattr(on_gpu, "_splits", lambda *_: 1)
+    monkeypatch.setattr(on_gpu, "splits", lambda *_: 1)
     rng = torch.Generator().manual_seed(0)
     xs = [torch.randn(1, 20, 7, 7, generator=rng).to(device) for _ in range(2)]
     xs.append(xs[0])

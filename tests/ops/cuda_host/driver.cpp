@@ -20,17 +20,18 @@ std::vector<T> list(const T* values, int64_t n) {
 
 extern "C" {
 
-void host_soft_threshold(int dtype, int64_t n, const uintptr_t* w, const int64_t* sizes,
+void host_soft_threshold(int dtype, int values, int64_t n, const uintptr_t* w, const int64_t* sizes,
                          const uintptr_t* out, uintptr_t alpha) {
-  cuda::soft_threshold_forward(static_cast<DType>(dtype), list(w, n), list(sizes, n), list(out, n),
-                               alpha, 0);
+  cuda::soft_threshold_forward(static_cast<DType>(dtype), static_cast<DType>(values), list(w, n),
+                               list(sizes, n), list(out, n), alpha, 0);
 }
 
-void host_soft_threshold_backward(int dtype, int64_t n, const uintptr_t* w, const int64_t* sizes,
-                                  const uintptr_t* g, const uintptr_t* gw, uintptr_t alpha,
-                                  uintptr_t sums, uintptr_t grad_alpha) {
-  cuda::soft_threshold_backward(static_cast<DType>(dtype), list(w, n), list(sizes, n), list(g, n),
-                                list(gw, n), alpha, sums, grad_alpha, 0);
+void host_soft_threshold_backward(int dtype, int values, int64_t n, const uintptr_t* w,
+                                  const int64_t* sizes, const uintptr_t* g, const uintptr_t* gw,
+                                  uintptr_t alpha, uintptr_t sums, uintptr_t grad_alpha) {
+  cuda::soft_threshold_backward(static_cast<DType>(dtype), static_cast<DType>(values), list(w, n),
+                                list(sizes, n), list(g, n), list(gw, n), alpha, sums, grad_alpha,
+                                0);
 }
 
 void host_threshold_adam(int64_t n, const uintptr_t* state, const int64_t* sizes,
@@ -38,12 +39,11 @@ void host_threshold_adam(int64_t n, const uintptr_t* state, const int64_t* sizes
                          const uintptr_t* values, const uintptr_t* masks, const int64_t* owners,
                          uintptr_t alphas, uintptr_t counts) {
   const auto* read = reinterpret_cast<const cpu::AdamRule*>(rules);
-  cuda::threshold_adam({list(state, n), list(state + n, n), list(state + 2 * n, n),
-                        list(state + 3 * n, n), list(sizes, n), list(read, rule_count),
-                        list(rule_of, n)},
-                       {static_cast<DType>(dtype), list(values, n), list(masks, n),
-                        list(owners, n), alphas, counts},
-                       0);
+  cuda::threshold_adam(
+      {list(state, n), list(state + n, n), list(state + 2 * n, n), list(state + 3 * n, n),
+       list(sizes, n), list(read, rule_count), list(rule_of, n)},
+      {static_cast<DType>(dtype), list(values, n), list(masks, n), list(owners, n), alphas, counts},
+      0);
 }
 
 void host_pack_pattern(const int64_t* shape, const uint8_t* bits, const float* weight, int* starts,
