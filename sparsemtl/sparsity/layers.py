@@ -40,7 +40,9 @@ class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[misc]  # weight: the
         slot = self.slot
         plain = isinstance(self.padding, tuple) and self.padding_mode == "zeros"
         if slot is not None and plain and (INTERPRETING or not input.is_cpu):
-            y = slot.convolve_on_gpu(input, self.effective_weight(), self.bias, self._geometry())
+            y = slot.convolve_on_gpu(
+                input, self.effective_weight(), self.bias, self._geometry(), self.weight
+            )
             if y is not None:
                 return y
         if slot is not None and slot.sparse_kernels and self._sparse_fits(input):

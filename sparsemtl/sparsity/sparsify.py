@@ -22,6 +22,7 @@ from sparsemtl.ops.soft_threshold import soft_threshold_component
 from sparsemtl.ops.sparse_conv2d_plan import Geometry
 from sparsemtl.ops.threshold_adam import ready_values
 from sparsemtl.sparsity import choice_gpu
+from sparsemtl.sparsity.candidates_gpu import GpuLayer, make_layer
 from sparsemtl.sparsity.choice import ChosenConv2d, choose, dense_forward
 from sparsemtl.sparsity.layers import DENSE_LAYERS, SPARSE_LAYERS, SparseLayer, unique_layers
 from sparsemtl.sparsity.ready import ReadyValues
@@ -40,7 +41,7 @@ class Slot:
     place: int
     pattern: Pattern | None = field(default=None, compare=False)  # of the last effective weight
     packed: tuple[Tensor, int] | None = field(default=None, compare=False)  # its mask, and version
-    gpu: choice_gpu.GpuLayer | None = field(default=None, compare=False)
+    gpu: GpuLayer | None = field(default=None, compare=False)
     kept: Tensor | None = field(default=None, compare=False)  # the mask that `gpu` was made for
 
     def effective_weight(self, weight: Tensor) -> Tensor:
@@ -85,9 +86,12 @@ class Slot:
         return pattern
 
     def convolve_on_gpu(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, master: Tensor
     ) -> Tensor | None:
-        """The same by the GPU's kernels; None where they cannot run or were not asked for."""
+        """The same by the GPU's kernels; None where they cannot run or were not asked for.
+
+        weight: the effective one   master: what it was made of
+        """
         if not self.sparsity.sparse_kernels or self.sparsity.open:
             return None
         shrunk, kind = weight, x.device.type
@@ -100,9 +104,15 @@ class Slot:
         masks = self.sparsity.masks
         keep = None if masks is None else masks[self.group][self.place]
         if self.gpu is None or self.kept is not keep or self.gpu.whole.device != x.device:
-            self.gpu = choice_gpu.make_layer(shrunk, g.groups, self.sparsity.structure, keep)
+            self.gpu = make_layer(shrunk, g.groups, self.sparsity.structure, keep)
             self.kept = keep
-        return choice_gpu.convolve(self.gpu, x, weight, bias, g)
+        through = None
+        if keep is None and master.dtype is torch.float32:
+            through = (master, self.sparsity.group_alpha(self.group))
+        stamp = None
+        if not master.is_inference():
+            stamp = (master._version, master.data_ptr(), self.sparsity.theta._version, weight.dtype)
+        return choice_gpu.convolve(self.gpu, x, weight, bias, g, through, stamp)
 
     def __getstate__(self) -> dict[str, Any]:
         # Packed anew from the weight.
@@ -135,6 +145,7 @@ class Sparsity(nn.Module):
         self.theta = nn.Parameter(torch.full((len(self.groups),), float(theta)))
         self.masks: list[list[Tensor]] | None = None  # per group, per layer, bool like the weight
         self._values: list[Sequence[Tensor]] | None = None  # S(W, α) of the forward under way
+        self._alpha: Tensor | None = None  # [G], of the same
         self.ready = ReadyValues()  # S(W, α) as an optimizer may have written it
 
     @property
@@ -165,14 +176,15 @@ class Sparsity(nn.Module):
 
     def _shrink(self, weights: Sequence[Tensor], alpha: Tensor) -> Sequence[Tensor]:
         """S(W, α) in the model's structure."""
+        dtype = _narrow_type(weights)
         if self.structure.grouped:
-            return group_threshold_component(weights, alpha, self.structure.tile)
+            return group_threshold_component(weights, alpha, self.structure.tile, dtype=dtype)
         if self.structure.n_of_m is not None:
             weights = [
                 torch.where(n_of_m_mask(w.detach().abs(), *self.structure.n_of_m), w, 0.0)
                 for w in weights
             ]
-        return soft_threshold_component(weights, alpha)
+        return soft_threshold_component(weights, alpha, dtype=dtype)
 
     def dead_count(self, group: int, place: int) -> int:
         """How many weights of one layer are dead now."""
@@ -186,7 +198,7 @@ class Sparsity(nn.Module):
         """Threshold every group whose values are not ready, and keep all until `drop_values`."""
         if self.frozen or self.open:
             return
-        alpha = torch.sigmoid(self.theta)
+        alpha = self._alpha = torch.sigmoid(self.theta)
         self._values = [self._group_values(g, alpha[g]) for g in range(len(self.groups))]
 
     def _group_values(self, group: int, alpha: Tensor) -> Sequence[Tensor]:
@@ -195,11 +207,16 @@ class Sparsity(nn.Module):
             return self._shrink(weights, alpha)
         ready = self.ready.find(group, weights, self.theta)
         if ready is None or not all(map(_same_type, ready.values, weights)):
-            return soft_threshold_component(weights, alpha)
+            return self._shrink(weights, alpha)
         return ready_values(weights, alpha, ready.values)
 
     def drop_values(self) -> None:
-        self._values = None
+        self._values = self._alpha = None
+
+    def group_alpha(self, group: int) -> Tensor:
+        """α of one group, differentiable in θ: that of the forward pass under way, if there is."""
+        alpha = torch.sigmoid(self.theta) if self._alpha is None else self._alpha
+        return alpha[group]
 
     def freeze(self, masks: list[list[Tensor]], alpha: Tensor) -> None:
         """Write S(W, α) into W where the mask is True, 0 elsewhere, and fix the masks.
@@ -249,7 +266,10 @@ class Sparsity(nn.Module):
         """
         for group in range(len(self.groups)):
             for weight in self.weights(group):
-                weight.data = weight.data.contiguous()
+                # The CPU's kernels read rows of channels, those of a GPU channels of pixels.
+                images = weight.is_cuda and weight.dim() == 4
+                layout = torch.channels_last if images else torch.contiguous_format
+                weight.data = weight.data.contiguous(memory_format=layout)
 
     def _laid_out(self, masks: list[list[Tensor]]) -> list[list[Tensor]]:
         """The masks, each on its weight's device and in its memory format: read in step with it."""
@@ -395,6 +415,13 @@ def _laid_out_like(mask: Tensor, weight: Tensor) -> Tensor:
     if mask.device == weight.device and mask.stride() == weight.stride():
         return mask
     return torch.empty_like(weight, dtype=torch.bool).copy_(mask)
+
+
+def _narrow_type(weights: Sequence[Tensor]) -> torch.dtype | None:
+    """On a GPU under autocast, the type in which layers compute: one pass shrinks and narrows."""
+    if not weights[0].is_cuda or torch.compiler.is_compiling():
+        return None
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
 
 
 def _same_type(value: Tensor, weight: Tensor) -> bool:

@@ -29,9 +29,9 @@ def computed(monkeypatch):
     calls = []
     original = sparsify_module.soft_threshold_component
 
-    def spy(weights, alpha):
+    def spy(weights, alpha, **options):
         calls.append(len(weights))
-        return original(weights, alpha)
+        return original(weights, alpha, **options)
 
     monkeypatch.setattr(sparsify_module, "soft_threshold_component", spy)
     return calls
