@@ -6,7 +6,6 @@ addresses through `device_table`.
 
 from __future__ import annotations
 
-import contextlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -38,9 +37,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: ob
         if count > most:
             raise ValueError(f"{name}: Expected a grid within {MOST_PROGRAMS}, got {grid}")
     device = next(a.device for a in arguments if isinstance(a, Tensor))
-    here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     try:
-        with here:
+        with torch.cuda.device(device if device.type == "cuda" else -1):  # -1: no device at all
             kernel[grid](*arguments, **options)
     except (RuntimeError, TritonError) as error:
         given = ", ".join(_words(a) for a in arguments)
