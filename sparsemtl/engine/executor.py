@@ -96,12 +96,18 @@ class Selected:
         if reason is not None:
             return Choice("torch", reason, candidates)
         if layer is None:
-            merged = node.op == "conv2d" and node.attrs["groups"] == 1
-            why = (
-                "merged with the layer before that reads the same" if merged else "no zeros to use"
-            )
+            why = _why_native(node)
             return Choice("native", why)
         return Choice("torch" if layer.choice == DENSE else layer.choice, layer.reason, candidates)
+
+
+def _why_native(node: Node) -> str:
+    """Why the native core runs a node of which no candidates were timed."""
+    if not node.weights:
+        return "the native core has it, and it has no weights"
+    if node.op != "conv2d" or node.attrs["groups"] > 1:
+        return "the native core computes every weight of it"
+    return "merged with the layer before that reads the same"
 
 
 class OnDevice:
