@@ -6,10 +6,25 @@
 #include <mutex>
 #include <new>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace sparsemtl::cpu {
 namespace {
 
 constexpr size_t kHugePage = 2 << 20;
+
+// Under the sanitizer, what lies behind a block's bytes is out of bounds like what lies behind an
+// array, and so is all of a block that waits.
+void allow(void* data, size_t bytes, size_t mapped) {
+#ifdef __SANITIZE_ADDRESS__
+  __asan_poison_memory_region(data, mapped);
+  __asan_unpoison_memory_region(data, bytes);
+#else
+  (void)data, (void)bytes, (void)mapped;
+#endif
+}
 
 struct Pages {
   void* data;
@@ -49,6 +64,7 @@ void drop_oldest(Waiting& state) {
   const Pages oldest = state.blocks.front();
   state.blocks.pop_front();
   state.bytes -= oldest.bytes;
+  allow(oldest.data, oldest.bytes, oldest.bytes);  // whoever is given these addresses next
   munmap(oldest.data, oldest.bytes);
 }
 
@@ -65,15 +81,18 @@ Block::Block(int64_t bytes)
     data_ = at->data;
     state.bytes -= mapped_;
     state.blocks.erase(std::next(at).base());
+    allow(data_, static_cast<size_t>(size_), mapped_);
     return;
   }
   data_ = map(mapped_);
   ++state.mapped;
+  allow(data_, static_cast<size_t>(size_), mapped_);
 }
 
 Block::~Block() {
   Waiting& state = waiting();
   const std::lock_guard<std::mutex> lock(state.mutex);
+  allow(data_, 0, mapped_);
   state.blocks.push_back({data_, mapped_});
   state.bytes += mapped_;
   while (state.bytes > static_cast<size_t>(kKeptBytes)) drop_oldest(state);

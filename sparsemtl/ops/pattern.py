@@ -26,6 +26,7 @@ from torch import Tensor
 from sparsemtl.ops.availability import native_module, why_not_native
 from sparsemtl.ops.packed_list import PackedList, pack_list
 
+_MOST_CALLS = 64
 STRUCTURES = {"element": 1, "vector(4)": 4, "vector(8)": 8, "vector(16)": 16}
 
 
@@ -67,6 +68,7 @@ class Pattern:
         self._fresh: set[str] = set()  # lists that hold the values of the present weight
         # Of sparse_conv2d: native plans hold addresses of lists, so they go when those do.
         self.plans: dict[Hashable, tuple[bool, Any]] = {}
+        self.calls: dict[Hashable, Any] = {}  # its arguments, once checked → their backend
         self._dense = _flat(weight)
         self._find(self._dense if keep is None else None)
         self._remember(weight)
@@ -79,6 +81,7 @@ class Pattern:
             "_lists": {},
             "_fresh": set(),
             "plans": {},
+            "calls": {},
             "_weight": None,
             "_version": -1,
         }
@@ -127,6 +130,12 @@ class Pattern:
         owner = _owner(weight)
         same = owner is not None and self._weight is not None and self._weight() is owner
         return same and weight._version == self._version
+
+    def remember_call(self, call: Hashable, backend: Any) -> None:
+        """Note that these arguments were checked, and what computes them."""
+        if len(self.calls) >= _MOST_CALLS:
+            self.calls.clear()
+        self.calls[call] = backend
 
     def mask(self) -> Tensor:
         """The live weights: bool, of the weight's shape."""

@@ -17,6 +17,7 @@ B: batch. C, K: input, output channels. H, W and OH, OW: input and output size.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from sparsemtl.ops.dispatch import (
     Op,
     in_functorch,
     is_batched,
+    requested_backend,
     require_reference,
     through_torch,
 )
@@ -68,7 +70,11 @@ def sparse_conv2d(
     raises:     TypeError, ValueError for other arguments; BackendUnavailable
     """
     g = geometry(weight, stride, padding, dilation, groups)
-    check(x, weight, bias, g, pattern, residual, activation)
+    bare = bias is None and residual is None and type(pattern) is Pattern
+    call = _call(x, weight, g, activation) if bare else None
+    backend = None if call is None else pattern.calls.get(call)  # type: ignore[union-attr]
+    if backend is None:
+        check(x, weight, bias, g, pattern, residual, activation)
     if weight.shape[1] == 0:
         x, weight, pattern = *_with_a_channel(x, weight, groups), None
     tensors = [t for t in (x, weight, bias, residual) if t is not None]
@@ -87,9 +93,13 @@ def sparse_conv2d(
         )  # fmt: skip
     if pattern is None:
         pattern = pattern_of(weight, None, groups, "element")
+    if backend is None:
+        backend = SPARSE_CONV2D.choose(x, weight)
+        if call is not None and pattern.follows(weight):
+            pattern.remember_call(call, backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _SparseConv2d.apply(x, weight, bias, residual, pattern, g, activation)
-    return compute(x, weight, bias, residual, pattern, g, activation)
+        return _SparseConv2d.apply(x, weight, bias, residual, pattern, g, activation, backend)
+    return compute(x, weight, bias, residual, pattern, g, activation, backend)
 
 
 def sparse_conv2d_reference(
@@ -152,9 +162,10 @@ class _SparseConv2d(torch.autograd.Function):
         pattern: Pattern,
         g: Geometry,
         activation: str | None,
+        backend: Backend,
     ) -> Tensor:
-        ctx.backend = SPARSE_CONV2D.choose(x, weight)  # a backward may run in another thread
-        y = compute(x, weight, bias, residual, pattern, g, activation, ctx.backend)
+        ctx.backend = backend  # a backward may run in another thread
+        y = compute(x, weight, bias, residual, pattern, g, activation, backend)
         ctx.pattern, ctx.geometry, ctx.activation = pattern, g, activation
         ctx.save_for_backward(x, weight, y if activation is not None else None)
         return y
@@ -171,7 +182,16 @@ class _SparseConv2d(torch.autograd.Function):
         backward = backends.reference_backward if plain else ctx.backend.backward
         grad_x, grad_weight = backward(grad, x, weight, ctx.pattern, ctx.geometry, needs[:2])
         grad_bias = grad.sum((0, 2, 3)) if needs[2] else None
-        return grad_x, grad_weight, grad_bias, grad if needs[3] else None, None, None, None
+        return grad_x, grad_weight, grad_bias, grad if needs[3] else None, *[None] * 4
+
+
+def _call(x: Tensor, weight: Tensor, g: Geometry, activation: str | None) -> Hashable:
+    """All that the checks and the choice of a backend depend on, but for bias and residual: small
+    convolutions must not cost more to check than to compute. None for what is not worth knowing."""
+    if not (type(x) is Tensor and x.is_cpu and weight.is_cpu) or torch.compiler.is_compiling():
+        return None
+    kinds = (x.dtype, weight.dtype, x.layout)
+    return x.shape, weight.shape, kinds, g, activation, requested_backend()
 
 
 def compute(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsemtl.ops.availability import native_module
+from sparsemtl.ops.memory import empty_planes
 from sparsemtl.ops.packed_list import PackedList
 from sparsemtl.ops.pattern import Pattern
 from sparsemtl.ops.sparse_conv2d_checks import ACTIVATIONS
@@ -105,7 +106,7 @@ def native(
     needed = _needed(g, height, width)
     if _too_coarse(needed):
         return reference(x, weight, pattern, g, bias, residual, activation)
-    y = torch.empty(x.shape[0], *out, dtype=torch.float32, device="cpu")
+    y = empty_planes(x.shape[0], *out)
     if y.numel() > 0:
         source = _fp32(x)
         plan, _ = _planned("forward", pattern, needed, source, out)
@@ -134,7 +135,7 @@ def native_backward(
 
 
 def _native_input_grad(grad: Tensor, pattern: Pattern, g: Geometry, x: Tensor) -> Tensor:
-    grad_x = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+    grad_x = empty_planes(*x.shape)
     if grad_x.numel() == 0 or grad.numel() == 0:
         return torch.zeros_like(grad_x).to(x.dtype)
     source, threads = _fp32(grad), torch.get_num_threads()

@@ -26,7 +26,7 @@ _NO_TAP = 1 << 29  # dy of a tap that reads nothing
 _VECTORS = {"packed": 4, "few-rows": 8, "direct": 12, "grad": 8, "generic": 4}
 # Below so many nonzeros per column a packed panel is not worth its copies. Of x itself it is: its
 # planes are pages apart, which copies with their prefetches bear best.
-_FEW_PER_COLUMN = 5.0
+_FEW_PER_COLUMN = 7.0
 _FEW_PER_FLAT = 0.0
 _FEW_VECTORS_PER_FLAT = 4.0
 _FEW_PER_PANEL = 30.0  # nonzeros per column below which panels are wide and lie in the L2 cache
