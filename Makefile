@@ -30,7 +30,7 @@ demo: setup
 # Triton kernels run in the interpreter and are compiled ahead of time, each in its own process:
 # the interpreter must be asked for before triton is imported, and rules out compiling.
 test: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter tests/ops tests/sparsity
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter tests/ops tests/sparsity tests/engine
 	$(BIN)/python -m bench.aot
 	$(BIN)/python -m pytest -q -m "not interpreter"
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from bench.gpu_engine import engine_rows
 from bench.gpu_timing import best, graphed, times
 from bench.machine import machine
 from sparsemtl.ops import sparse_conv2d_triton as on_gpu
@@ -359,6 +360,7 @@ def roofs(s: Setting) -> Iterator[tuple[str, Row]]:
 
 SECTIONS: dict[str, Callable[[Setting], Iterator[tuple[str, Row]]]] = {
     "roofs": roofs, "G1": g1, "G2": g2, "G3": g3, "G6": g6, "G4": g4, "G5": g5,
+    "engine": lambda s: engine_rows(s.device, s.small, 3 * s.budget),
 }  # fmt: skip
 
 

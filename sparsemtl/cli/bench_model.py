@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import tyro
 from torch import nn
 
 from sparsemtl.cli.bench_options import BenchOptions, check_positive
-from sparsemtl.cli.bench_peers import ENGINE, ENGINE_FILE, executed_macs
+from sparsemtl.cli.bench_peers import ENGINE_FILE, engine_peer, executed_macs
 from sparsemtl.cli.bench_tables import Lines, begin
 from sparsemtl.cli.run_folder import RunFolder, load_model
+from sparsemtl.engine.engine import Engine
+from sparsemtl.engine.target import make_target
 from sparsemtl.errors import unknown_choice
 from sparsemtl.measure import bench_model
 from sparsemtl.measure.bench_conv import steady_memory
@@ -25,6 +28,7 @@ from sparsemtl.measure.bench_model import Candidate
 from sparsemtl.measure.flops import count_flops
 from sparsemtl.measure.peers import PEERS, file_bytes
 from sparsemtl.measure.pruned import SPLIT_NAME, build, parse_prune, parse_tasks, prune
+from sparsemtl.sparsity.structure import parse_structure
 
 COLUMNS = {
     "batch": ("batch", 5, "d"),
@@ -53,6 +57,12 @@ class BenchModel(BenchOptions):
     """Its heads: names with their channels."""
     prune: str = SPLIT_NAME
     """Magnitude pruning of --model: a fraction of zeros, adapmtl-split, or component=fraction."""
+    head_structure: str = "element"
+    """What --prune takes from heads: element, or whole block(64,64) for GPUs."""
+    device: str = "cpu"
+    """cpu or cuda; float32 there is exact, without tf32, for everybody."""
+    precision: str = "float32"
+    """What the engine computes in on a CUDA device: float32, bf16 or fp16."""
     input: str = "1,3,321,321"
     """Shape of the input, B,C,H,W."""
     batch: tuple[int, ...] = ()
@@ -68,6 +78,8 @@ class BenchModel(BenchOptions):
 
     def run(self) -> int:
         shape = parse_shape("--input", self.input)
+        target = make_target("bench model", self.device, self.precision)
+        device = torch.device("cpu") if target is None else target.device
         names = [name.strip() for name in self.against.split(",") if name.strip()]
         for name in names:
             if name not in PEERS:
@@ -81,8 +93,10 @@ class BenchModel(BenchOptions):
         steady_memory()
         begin(None)
         lines, rows = Lines(COLUMNS), []
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         for batch in self.batch or (shape[0],):
             x = torch.randn(batch, *shape[1:], generator=torch.Generator().manual_seed(0))
+            x = x.to(device)
             for row in self._rows(model, case, names, x):
                 rows.append(row)
                 if row["skipped"] is None:
@@ -98,8 +112,10 @@ class BenchModel(BenchOptions):
         if self.target is None:
             tasks = parse_tasks("--tasks", self.tasks)
             split = parse_prune("--prune", self.prune, tasks)
-            model: nn.Module = prune(build(self.model, tasks), split)
-            return model.eval(), f"{self.model} {self.prune}"
+            heads = parse_structure(self.head_structure)
+            model: nn.Module = prune(build(self.model, tasks), split, heads)
+            blocks = f", heads in {heads}" if heads.grouped else ""
+            return model.eval(), f"{self.model} {self.prune}{blocks}"
         if (self.target / ENGINE_FILE).is_file():
             return None, str(self.target)
         if not self.target.is_dir():
@@ -114,31 +130,41 @@ class BenchModel(BenchOptions):
         with tempfile.TemporaryDirectory() as folder:
             if model is None:
                 assert self.target is not None
-                candidates = [Candidate("engine", self.target, ENGINE.load(self.target, x))]
+                own = engine_peer(self.precision)
+                candidates = [Candidate("engine", self.target, own.load(self.target, x))]
                 reason = "an engine folder holds no torch module; name the run folder"
                 candidates += [Candidate(name, why_not=reason) for name in names]
                 expected, work = {}, {}
             else:
-                peers = [ENGINE, *(PEERS[name] for name in names)]
+                peers = [engine_peer(self.precision), *(PEERS[name] for name in names)]
                 candidates = bench_model.prepare(peers, model, x, Path(folder))
                 engine = candidates[0]
                 if engine.predict is None:
                     raise RuntimeError(f"bench model: the engine cannot run it: {engine.why_not}")
+                on_device = model if x.is_cpu else copy.deepcopy(model).to(x.device)
                 with torch.no_grad():
-                    expected = {task: y.float() for task, y in model(x).items()}
+                    expected = {task: y.float() for task, y in on_device(x).items()}
                 work = work_of(model, x)
-            bench_model.check(candidates, expected, x)
-            bench_model.time_in_turns(candidates, x, self.rounds, self.seconds)
+            bench_model.check(candidates, expected, x, narrow_engine=self._narrow)
+            wait = torch.cuda.synchronize if x.is_cuda else bench_model.at_once
+            bench_model.time_in_turns(candidates, x, self.rounds, self.seconds, wait)
             rows = []
             for candidate in candidates:
-                best = bench_model.fastest(candidates, "bf16" in candidate.name)
+                own_kind = candidate.name == "engine" and self._narrow
+                best = bench_model.fastest(candidates, own_kind or "bf16" in candidate.name)
                 more = {**work, **self._footprint(candidate, x)}
-                if candidate.name == "engine":
-                    more["executed_gmac"] = executed_macs(candidate.saved, x)
+                if isinstance(candidate.predict, Engine):
+                    more["executed_gmac"] = executed_macs(candidate.predict, x)
+                    more["precision"] = self.precision
+                    more["runs_on"] = candidate.predict.explain(tuple(x.shape)).where or "cpu"
                 rows.append(
                     bench_model.row(candidate, case, work.get("zeros", 0.0), len(x), best, more)
                 )
             return rows
+
+    @property
+    def _narrow(self) -> bool:
+        return self.precision != "float32"
 
     def _footprint(self, candidate: Candidate, x: torch.Tensor) -> dict[str, Any]:
         """Bytes of its file; peak memory and load time of a fresh process."""
@@ -152,6 +178,8 @@ class BenchModel(BenchOptions):
             "saved": str(candidate.saved),
             "shape": list(x.shape),
             "threads": torch.get_num_threads(),
+            "device": str(x.device),
+            "precision": self.precision,
         }
         done = subprocess.run(
             [sys.executable, "-m", "sparsemtl.cli.bench_child", json.dumps(task)],

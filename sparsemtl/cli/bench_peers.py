@@ -14,28 +14,34 @@ from sparsemtl.measure.rows import digits
 ENGINE_FILE = "plan.json"
 
 
-def _save(model: nn.Module, x: Tensor, folder: Path) -> Path:
-    path = folder / "engine"
-    compile(model, x).save(path)
-    return path
+def engine_peer(precision: str = "float32") -> Peer:
+    """The engine on the device of its example input.
+
+    precision: that a CUDA device computes in. There its outputs are the graph's own, as those of
+               other runtimes' graphs are, and saving measures nothing on the CPU.
+    """
+
+    def save(model: nn.Module, x: Tensor, folder: Path) -> Path:
+        path = folder / "engine"
+        executor = "torch" if x.is_cuda else "auto"
+        compile(model, tuple(x.shape), executor=executor, device="cpu").save(path)
+        return path
+
+    def load(path: Path, x: Tensor) -> Predict:
+        engine = Engine.load(path, device=x.device, dtype=precision, copy_outputs=not x.is_cuda)
+        engine.plan(tuple(x.shape))
+        return engine
+
+    return Peer("engine", save, load)
 
 
-def _load(path: Path, x: Tensor) -> Predict:
-    engine = Engine.load(path)
-    engine.plan(tuple(x.shape))
-    return engine
-
-
-ENGINE = Peer("engine", _save, _load)
+ENGINE = engine_peer()
 EVERYONE = {ENGINE.name: ENGINE, **PEERS}
 
 
-def executed_macs(folder: Path | None, x: Tensor) -> float | None:
+def executed_macs(engine: Engine, x: Tensor) -> float:
     """10^9 multiply-adds that the engine runs for this input: dense layers whole, sparse ones'
     nonzero weights; padding counted, removed channels and taps not."""
-    if folder is None:
-        return None
-    engine = Engine.load(folder)
     shape = tuple(x.shape)
     graph = engine.plan(shape).graph
     total = 0
@@ -43,8 +49,8 @@ def executed_macs(folder: Path | None, x: Tensor) -> float | None:
         weight = node.weights.get("weight")
         if row.op not in ("conv2d", "linear") or weight is None:
             continue
-        sparse = not row.runs_as.startswith(("dense", "torch"))
-        density = row.density if sparse and row.density is not None else 1.0
+        dense = row.runs_as.startswith(("dense", "torch", "library", "together skip"))
+        density = 1.0 if dense or row.density is None else row.density
         live = round(density * weight.numel())
         total += live * math.prod(row.output) // max(1, weight.shape[0])
     return digits(total / 1e9)

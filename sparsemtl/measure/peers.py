@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsemtl.cuda_graph import CudaGraph
+
 Predict = Callable[[Tensor], Mapping[str, Tensor]]
 OPSET = 20
 
@@ -31,11 +33,13 @@ class Peer:
 
     save: model in evaluation mode, example input, empty folder → what was written, below it
     load: that path, example input → a function from input to task → output
+    devices: where it runs; there the example input is
     """
 
     name: str
     save: Callable[[nn.Module, Tensor, Path], Path]
     load: Callable[[Path, Tensor], Predict]
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 def file_bytes(path: Path) -> int:
@@ -60,16 +64,19 @@ def _read(path: Path, **layout: Any) -> nn.Module:
 
 
 def _load_torch(path: Path, x: Tensor) -> Predict:
-    return torch.no_grad()(_read(path, memory_format=torch.contiguous_format))
+    layout = torch.contiguous_format
+    return torch.no_grad()(_read(path, device=x.device, memory_format=layout))
 
 
 def _load_channels_last(path: Path, x: Tensor) -> Predict:
-    model, last = _read(path, memory_format=torch.channels_last), torch.channels_last
+    last = torch.channels_last
+    model = _read(path, device=x.device, memory_format=last)
     return torch.no_grad()(lambda image: model(image.contiguous(memory_format=last)))
 
 
 def _load_bf16(path: Path, x: Tensor) -> Predict:
-    model, last = _read(path, memory_format=torch.channels_last), torch.channels_last
+    last = torch.channels_last
+    model = _read(path, device=x.device, memory_format=last)
     kind = torch.bfloat16
     return torch.no_grad()(lambda image: model(image.to(kind).contiguous(memory_format=last)))
 
@@ -78,11 +85,34 @@ def _load_compiled(path: Path, x: Tensor) -> Predict:
     from torch._inductor import config
 
     torch._dynamo.reset()
-    model = _read(path, memory_format=torch.channels_last)
+    model = _read(path, device=x.device, memory_format=torch.channels_last)
     with config.patch(freezing=True), torch.no_grad():
         compiled = torch.compile(model, dynamic=False)
         compiled(x)
     return torch.no_grad()(lambda image: compiled(image))
+
+
+def _load_compiled_graph(path: Path, x: Tensor) -> Predict:
+    """The compiled model in the type of its file, as one CUDA graph over a static input."""
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    last = torch.channels_last
+    model = _read(path, device=x.device, memory_format=last)
+    kind = next(model.parameters()).dtype
+    static = x.detach().to(kind, copy=True).contiguous(memory_format=last)
+    with config.patch(freezing=True), torch.no_grad():
+        compiled = torch.compile(model, dynamic=False)
+        compiled(static)
+    graph = CudaGraph(lambda: compiled(static), x.device)
+
+    def predict(image: Tensor) -> Mapping[str, Tensor]:
+        static.copy_(image)
+        graph.replay()
+        found: Mapping[str, Tensor] = graph.result
+        return found
+
+    return torch.no_grad()(predict)
 
 
 class _Tuple(nn.Module):
@@ -177,6 +207,8 @@ PEERS = {
         Peer("torch-channels-last", _save_torch, _load_channels_last),
         Peer("torch-compile", _save_torch, _load_compiled),
         Peer("torch-bf16", _save_bf16, _load_bf16),
+        Peer("torch-compile-graph", _save_torch, _load_compiled_graph, ("cuda",)),
+        Peer("torch-compile-graph-bf16", _save_bf16, _load_compiled_graph, ("cuda",)),
         Peer("onnxruntime", _save_onnx, _load_onnxruntime),
         Peer("openvino", _save_for_openvino, _load_openvino),
     )

@@ -12,6 +12,7 @@ from sparsemtl.models.component import find_components
 from sparsemtl.models.config import MODELS, ModelConfig, build_model
 from sparsemtl.models.mtl import MultitaskModel
 from sparsemtl.sparsity.mask import check_sparsity, kept_count, top_masks
+from sparsemtl.sparsity.structure import ELEMENT, Structure
 
 # AdapMTL's published split of NYUv2 with DeepLab-ResNet34, 90.5 % overall (ACM MM 2024, Table 4)
 ADAPMTL_SPLIT = {
@@ -79,7 +80,11 @@ def build(model: str, tasks: Mapping[str, int], seed: int = 0) -> MultitaskModel
 
 
 def magnitude_masks(
-    model: nn.Module, split: Mapping[str, float], *, across_layers: bool = False
+    model: nn.Module,
+    split: Mapping[str, float],
+    *,
+    across_layers: bool = False,
+    heads: Structure = ELEMENT,
 ) -> list[list[Tensor]]:
     """Per component, per layer: which weights are among the layer's largest.
 
@@ -89,6 +94,8 @@ def magnitude_masks(
 
     split:         component → fraction of zeros
     across_layers: one cut for a component all the same, as one threshold makes it
+    heads:         whole groups of the heads' layers, by their mean magnitude; a layer of fewer
+                   channels than a group has loses single weights
     """
     masks = []
     for name, component in find_components(model).items():
@@ -98,16 +105,27 @@ def magnitude_masks(
             kept = kept_count(sum(s.numel() for s in scores), split[name])
             masks.append(top_masks([scores], kept)[0][0])
             continue
-        masks.append(
-            [top_masks([[s]], kept_count(s.numel(), split[name]))[0][0][0] for s in scores]
-        )
+        structure = heads if name.startswith("head") else ELEMENT
+        masks.append([_layer_mask(s, split[name], structure) for s in scores])
     return masks
 
 
-def prune(model: nn.Module, split: Mapping[str, float]) -> nn.Module:
-    """Set all but the largest weights of each layer to 0, in place; returns the model."""
+def _layer_mask(scores: Tensor, sparsity: float, structure: Structure) -> Tensor:
+    kept = kept_count(scores.numel(), sparsity)
+    rows, columns = scores.shape[0], scores.shape[1]
+    if rows < structure.tile.rows or columns < structure.tile.columns:
+        structure = ELEMENT
+    return structure.masks([[scores]], kept)[0][0][0]
+
+
+def prune(model: nn.Module, split: Mapping[str, float], heads: Structure = ELEMENT) -> nn.Module:
+    """Set all but the largest weights of each layer to 0, in place; returns the model.
+
+    heads: the structure of the heads' zeros
+    """
     with torch.no_grad():
-        parts = zip(find_components(model).values(), magnitude_masks(model, split), strict=True)
+        masks_of = magnitude_masks(model, split, heads=heads)
+        parts = zip(find_components(model).values(), masks_of, strict=True)
         for component, masks in parts:
             for weight, mask in zip(component.weights, masks, strict=True):
                 weight.mul_(mask)

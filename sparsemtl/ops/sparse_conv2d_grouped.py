@@ -37,7 +37,7 @@ class LateTable:
         if self._table is None:
             self._table = torch.zeros(len(rows), len(rows[0]), dtype=torch.int64, device=device)
         self._rows = rows
-        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        if not _capturing(device):
             self.write()
         return self._table
 
@@ -45,6 +45,10 @@ class LateTable:
         """Write the rows of the last launch."""
         if self._table is not None:
             self._table.copy_(torch.tensor(self._rows, dtype=torch.int64))
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def conv_branches(

@@ -110,3 +110,21 @@ def test_explain_prints_and_writes_the_table(engine_folder, tmp_path, capsys):
     assert "conv2d" in text
     assert "because" in text
     assert json.loads(file.read_text())["through_torch"] == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("verb", ["compile", "run", "explain", "bench"])
+def test_without_a_gpu_one_line_says_so(model_folder, engine_folder, tmp_path, capsys, verb):
+    words = {
+        "compile": [str(model_folder), "--input", "1,3,48,64", "--out", str(tmp_path / "engine")],
+        "run": [str(engine_folder), "no.png", "--out", str(tmp_path)],
+        "explain": [str(engine_folder)],
+        "bench": ["model", "--input", "1,3,33,33"],
+    }[verb]
+    assert main([verb, *words, "--device", "cuda", "--precision", "bf16"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "Expected a CUDA device for cuda, torch sees none here" in lines[0]
+    assert main([verb, *words, "--precision", "fp16"]) == 2
+    assert "Expected dtype float32 on the CPU, got torch.float16" in capsys.readouterr().err
+    assert not (tmp_path / "engine").exists()

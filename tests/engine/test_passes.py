@@ -17,6 +17,7 @@ from sparsemtl.engine.passes.drop_identity import drop_identity
 from sparsemtl.engine.passes.fold_batch_norm import fold_batch_norm
 from sparsemtl.engine.passes.fuse import fuse_activation, fuse_residual
 from sparsemtl.engine.passes.merge_branches import merge_branches
+from sparsemtl.engine.passes.round_channels import round_channels
 from sparsemtl.engine.passes.trim_taps import trim_taps
 from sparsemtl.engine.shapes import specialise
 from sparsemtl.models.config import ModelConfig, build_model
@@ -312,3 +313,45 @@ def test_all_passes_together_keep_the_outputs(network, sparsity):
         special, found = adapt(specialise(general, [size]))
         assert list(found) == list(FOR_A_SIZE)
         check(model, special, y)
+
+
+def test_channels_are_rounded_up_where_convolutions_alone_read_them():
+    def forward(net, x):
+        y = F.relu(net.c0(x))
+        left, right = net.c1(y), F.relu6(net.c2(y))
+        z = torch.cat([x, left, right], 1)
+        deep = torch.cat([net.c3(z), z], 1)
+        return {"a": net.c4(deep), "b": net.c5(right)}
+
+    layers = [conv(4, 7), conv(7, 5), conv(7, 9, 1), conv(18, 3), conv(21, 6), conv(9, 2)]
+    model, graph = graph_of(forward, *layers, x=X)
+    fuse_activation(graph)
+    graph.prune()
+    assert round_channels(graph, 8) == 1 + 3 + 7 + 5  # c4 and c5 are outputs
+    widths = [n.weights["weight"].shape[:2] for n in graph.nodes if n.op == "conv2d"]
+    assert sorted(widths) == sorted([(8, 4), (8, 8), (16, 8), (8, 28), (6, 36), (2, 16)])
+    check(model, graph, X)
+    assert round_channels(graph, 8) == 0
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda net, x: {"a": net.c0(x)},
+        lambda net, x: {"a": net.c1(net.c0(x) * 2)},
+        lambda net, x: {"a": net.c1(y := net.c0(x)), "b": y.mean((2, 3))},
+        lambda net, x: {"a": net.c1(y := net.c0(x)) + y},
+        lambda net, x: {"a": net.c2(torch.cat([(y := net.c0(x)), y], 1))},
+        lambda net, x: {"a": net.c1(torch.cat([(y := net.c0(x)), y], 2))},
+        lambda net, x: {"a": net.c3(net.c0(x))},
+    ],
+    ids=["output", "arithmetic", "mean", "residual", "twice", "rows", "groups"],
+)
+def test_channels_that_others_read_stay(forward):
+    layers = [conv(4, 6), conv(6, 6), conv(12, 8), conv(6, 6, groups=2)]
+    _, graph = graph_of(forward, *layers, x=X)
+    fuse_residual(graph)
+    graph.prune()
+    before = str(graph)
+    assert round_channels(graph, 8) == 0
+    assert str(graph) == before

@@ -11,7 +11,11 @@ from torch import nn
 from sparsemtl.measure import bench_model
 from sparsemtl.measure.bench_model import Candidate, check, fastest, prepare, row, time_in_turns
 from sparsemtl.measure.peers import PEERS, Peer, PeerMissing, file_bytes
+from sparsemtl.measure.pruned import prune
 from sparsemtl.measure.rows import WrongResult
+from sparsemtl.models.config import ModelConfig, build_model
+from sparsemtl.ops.block_pattern import occupied_blocks
+from sparsemtl.sparsity.structure import parse_structure
 
 
 class TwoHeads(nn.Module):
@@ -107,3 +111,26 @@ def test_candidates_take_turns_behind_a_call_of_their_own():
     assert order == ["a", "a", "b", "b"] * 3
     assert [len(c.seconds) for c in candidates] == [3, 3, 0]
     assert bench_model.CONVENTION.startswith("multiply-adds")
+
+
+def test_a_runtime_of_another_device_is_left_out_with_the_reason(tmp_path):
+    names = ["torch-compile-graph", "torch-compile-graph-bf16"]
+    found = prepare([PEERS[name] for name in names], nn.Identity(), X, tmp_path)
+    assert {c.why_not for c in found} == {"it runs on cuda, not on cpu"}
+    assert not any(tmp_path.iterdir())
+
+
+def test_heads_lose_whole_blocks_where_they_have_them():
+    model = build_model(ModelConfig("deeplab-resnet18", width=0.25), {"depth": 1}).eval()
+    prune(model, {"backbone": 0.5, "head:depth": 0.75}, parse_structure("block(64,64)"))
+    layers = [m for m in model.heads["depth"].modules() if isinstance(m, nn.Conv2d)]
+    wide = [m.weight for m in layers if min(m.weight.shape[:2]) >= 64]
+    assert len(wide) >= 4
+    for weight in wide:
+        blocks = occupied_blocks(weight != 0, 1, 64, 64)
+        assert int((weight != 0).sum()) == int(blocks.sum()) * 64 * 64
+        assert 0.6 < float((weight == 0).float().mean()) < 0.9
+    (last,) = {m.weight.shape[0] for m in layers if m.weight.shape[0] < 64}
+    assert last == 1
+    backbone = next(m.weight for m in model.backbone.modules() if isinstance(m, nn.Conv2d))
+    assert abs(float((backbone == 0).float().mean()) - 0.5) < 0.01

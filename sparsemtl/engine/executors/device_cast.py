@@ -18,9 +18,11 @@ from torch import Tensor
 from sparsemtl.engine.aten import overload
 from sparsemtl.engine.graph import Graph, Node
 from sparsemtl.engine.ops import compute, infer_outputs
+from sparsemtl.engine.passes.round_channels import round_channels
 from sparsemtl.errors import GraphError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MULTIPLE = 8  # channels; 16 bytes of a narrow type, which tensor cores' loads need
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def cast_graph(
             f"engine: Expected a model of float32, bfloat16 or float16 for a device, got {own}"
         )
     dtype = dtype or own
+    graph = graph.copy()
+    round_channels(graph, _MULTIPLE)
     constants = _constants(graph)
     there = {
         name: value.to(device, dtype if value.dtype is own else value.dtype)
