@@ -39,7 +39,7 @@ def train_step(state: TrainState, batch: Any) -> None:
     """One step: losses, gradients, update, and what the method does around them."""
     state.batch = batch
     state.method.on_forward(state)
-    losses = state.forward(batch)
+    losses = state.forward(batch, fast=True)
     state.losses = mean_losses(losses)
     stop_unless_finite(state, state.losses)
     state.optimizer.zero_grad(set_to_none=True)

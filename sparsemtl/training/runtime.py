@@ -22,6 +22,8 @@ class RuntimeConfig:
     threads: int | None = None  # CPU threads; None: torch's own number, recorded for resuming
     workers: int = 0  # loader processes
     sparse_kernels: bool = False  # layers run on the kernels that were measured fastest
+    compile: bool = False  # torch.compile of what no sparse kernel computes
+    cuda_graph: bool = False  # on a GPU: replay forward and backward once the masks are fixed
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

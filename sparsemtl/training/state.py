@@ -23,6 +23,7 @@ from sparsemtl.training import distributed, runtime
 from sparsemtl.training.balance import Balance, BalanceConfig
 from sparsemtl.training.batches import training_batches
 from sparsemtl.training.checkpoint import check_same_model
+from sparsemtl.training.fast import Call, fast_forward
 from sparsemtl.training.mining import hardest
 from sparsemtl.training.optim import OptimConfig, build_optimizer, build_schedule
 from sparsemtl.training.runtime import RuntimeConfig
@@ -78,6 +79,7 @@ class TrainState:
     components: Mapping[str, Component]
     device: torch.device
     balance: Balance | None = None
+    fast: Call | None = None  # what a step calls in place of the model
     batch: Any = None  # of the step under way
     step: int = 0  # finished steps
     seconds: float = 0.0  # of training, over all sessions
@@ -147,6 +149,7 @@ class TrainState:
             components=found,
             device=device,
             balance=Balance(config.balance, config.seed) if config.balance else None,
+            fast=fast_forward(model, config.runtime, config.balance is not None),
         )
 
     @property
@@ -195,14 +198,15 @@ class TrainState:
         """Replace each tensor by its mean over the processes."""
         distributed.average(tensors)
 
-    def forward(self, batch: Any) -> dict[str, Tensor]:
+    def forward(self, batch: Any, *, fast: bool = False) -> dict[str, Tensor]:
         """Per-task losses of one batch, scalars with gradient: of its hardest samples if mining.
 
+        fast:   as the run's `compile` and `cuda_graph` say; of a graph one gradient can be taken
         raises: TypeError or ValueError if the model does not return one tensor per task.
         """
         batch = to_device(batch, self.device)
         with runtime.autocast(self.device, self.config.runtime.precision):
-            outputs = self.model(batch.image)
+            outputs = (self.fast or self.model)(batch.image) if fast else self.model(batch.image)
         check_outputs(outputs, list(self.tasks))
         if self.config.mining < 1.0:
             each = {
