@@ -5,13 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from sparsemtl.data import ScenesConfig, build_dataset
-from sparsemtl.methods import METHODS, build_method, method_config_type
+from sparsemtl.data.scenes import CLASSIFICATION
+from sparsemtl.methods import (
+    METHODS,
+    Distinctiveness,
+    DistinctivenessConfig,
+    build_method,
+    method_config_type,
+)
+from sparsemtl.models.config import ModelConfig, build_model
 from sparsemtl.tasks import make_task
 from sparsemtl.training import distributed, runtime
 from sparsemtl.training.balance import BalanceConfig
@@ -75,6 +84,26 @@ def build(name: str, norm: bool, steps: int, **fields) -> TrainState:
     return TrainState.create(Net(norm), tasks, data, method, config, PARTS)
 
 
+def build_classes(patterns: str) -> TrainState:
+    """Four classification tasks on a joint layer that shrinks, with mining and PCGrad."""
+    config = TrainConfig(
+        steps=6,
+        batch_size=4,
+        mining=0.5,
+        balance=BalanceConfig("pcgrad"),
+        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.999), weight_decay=5e-3),
+        runtime=RuntimeConfig(device="cpu", threads=1),
+    )
+    runtime.start(config.runtime, config.seed)
+    rooms = ScenesConfig(height=32, width=40, frames_train=8, frames_test=3)
+    data = build_dataset(rooms, "train", CLASSIFICATION)
+    tasks = {n: make_task(n, s.kind, s.channels) for n, s in data.spec.targets.items()}
+    shape = ModelConfig("vgg11", width=0.125, head="joint", hidden=24)
+    model = build_model(shape, {n: t.channels for n, t in tasks.items()})
+    method = Distinctiveness(DistinctivenessConfig(theta=60.0, patterns=patterns))
+    return TrainState.create(model, tasks, data, method, config)
+
+
 def fingerprint(state: TrainState) -> str:
     """Of masks, weights and running statistics."""
     digest = hashlib.sha256()
@@ -95,30 +124,31 @@ def main(out: Path) -> None:
     state = build("rigl", norm=True, steps=8, balance=BalanceConfig("pcgrad"), mining=0.5)
     train(state)
     found["balanced"] = distributed.gather(fingerprint(state))
-    found["resumed"] = resumed(out)
+    for patterns in ("pass", "epoch"):
+        state = build_classes(patterns)
+        train(state)
+        found[f"distinctiveness, {patterns}"] = distributed.gather(fingerprint(state))
+        found[f"sizes, {patterns}"] = distributed.gather(state.method.sizes)
+    found["resumed"] = resumed(out, lambda: build("rigl", norm=True, steps=8))
+    found["resumed, distinctiveness"] = resumed(out, lambda: build_classes("epoch"))
     plain = build("dense", norm=False, steps=6)
     train(plain)
     found["losses"] = plain.losses
-    test_set = build_dataset(
-        ScenesConfig(height=16, width=24, frames_train=8, frames_test=3),
-        "test",
-        ("normals", "depth"),
-    )
-    found["metrics"] = evaluate(plain.model, plain.tasks, test_set)
+    found["metrics"] = evaluate(plain.model, plain.tasks, dataset("test"))
     found["processes"] = distributed.size()
     if distributed.is_main():
         (out / f"found{distributed.size()}.json").write_text(json.dumps(found))
     distributed.leave()
 
 
-def resumed(out: Path) -> list[bool]:
+def resumed(out: Path, fresh: Callable[[], TrainState]) -> list[bool]:
     """Whether, in each process, a run resumed from step 3 ends as the whole one did."""
-    folder = out / f"checkpoints{distributed.size()}"
-    whole = build("rigl", norm=True, steps=8)
+    whole = fresh()
+    folder = out / f"{whole.method.name}{distributed.size()}"
     train(whole, [every(1, Checkpointer(folder, keep=100))])
     distributed.barrier()
     path = checkpoints(folder)[2]
-    again = build("rigl", norm=True, steps=8)
+    again = fresh()
     torch.manual_seed(99)
     again.load_resume_state(load_checkpoint(path), path)
     train(again)

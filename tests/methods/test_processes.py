@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.methods.processes_worker import NAMES
+from sparsemtl.training.evaluate import evaluate
+from sparsemtl.training.loop import train
+from tests.methods.processes_worker import NAMES, build, dataset
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("processes_worker.py")
@@ -38,32 +40,28 @@ def test_both_processes_end_with_the_same_masks_and_weights(two, name):
     assert first == second
 
 
-def test_two_processes_resume_to_the_same_bits(two):
-    assert two["resumed"] == [True, True]
+@pytest.mark.parametrize("patterns", ["pass", "epoch"])
+def test_a_layer_shrinks_alike_in_both_processes(two, patterns):
+    first, second = two[f"distinctiveness, {patterns}"]
+    assert first == second
+    first, second = two[f"sizes, {patterns}"]
+    assert first == second
+    assert first[-1] < first[0] == 24
 
 
-def test_two_processes_compute_what_one_does(two, tmp_path):
-    code = f"import sys; sys.argv = ['', {str(tmp_path)!r}]; import runpy; "
-    one = subprocess.run(
-        [sys.executable, "-c", code + ONE], capture_output=True, text=True, cwd=ROOT, timeout=300
-    )
-    assert one.returncode == 0, one.stderr[-4000:]
-    found = json.loads(one.stdout)
+@pytest.mark.parametrize("what", ["resumed", "resumed, distinctiveness"])
+def test_two_processes_resume_to_the_same_bits(two, what):
+    assert two[what] == [True, True]
+
+
+def test_two_processes_compute_what_one_does(two):
+    state = build("dense", norm=False, steps=6)
+    train(state)
     assert two["processes"] == 2
-    for task, loss in found["losses"].items():
+    for task, loss in state.losses.items():
         assert two["losses"][task] == pytest.approx(loss, rel=1e-4)
-    for task, metrics in found["metrics"].items():
+    for task, metrics in evaluate(state.model, state.tasks, dataset("test")).items():
         assert two["metrics"][task] == pytest.approx(metrics, rel=1e-3)
-
-
-ONE = f"""
-import json
-space = runpy.run_path({str(WORKER)!r})
-state = space['build']('dense', norm=False, steps=6)
-space['train'](state)
-metrics = space['evaluate'](state.model, state.tasks, space['dataset']('test'))
-print(json.dumps({{'losses': state.losses, 'metrics': metrics}}))
-"""
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
