@@ -16,7 +16,7 @@ from sparsemtl.methods.disparse import (
     DiSparseStaticConfig,
 )
 from sparsemtl.methods.disparse_dynamic import DiSparseDynamic, DiSparseDynamicConfig
-from sparsemtl.methods.distinctiveness import Distinctiveness, DistinctivenessConfig
+from sparsemtl.methods.distinctiveness import Distinctiveness
 from sparsemtl.methods.grasp import GraSP, GraSPConfig
 from sparsemtl.methods.imp import IMP, IMPConfig
 from sparsemtl.methods.lth import LTH, LTHConfig
@@ -25,6 +25,7 @@ from sparsemtl.methods.rigl import RigL, RigLConfig
 from sparsemtl.methods.single_task import SingleTask, SingleTaskConfig
 from sparsemtl.methods.snip import SNIP, SNIPConfig
 from sparsemtl.methods.str_ import STR, STRConfig
+from sparsemtl.methods.unit_merging import DistinctivenessConfig
 
 METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "dense": (DenseConfig, Dense),

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from sparsemtl.methods.base import Method, StepState
+from sparsemtl.sparsity.allocation import check_possible
 from sparsemtl.sparsity.controller import Controller, ControllerConfig
 from sparsemtl.sparsity.finalize import finalize
 from sparsemtl.sparsity.mask import check_sparsity
@@ -82,6 +83,9 @@ class AdapMTL(Method):
             structure=config.structure,
         )
         self.sparsity = _sparsity_of(model)
+        groups = range(len(self.sparsity.groups))
+        shapes = [tuple(w.shape) for g in groups for w in self.sparsity.weights(g)]
+        check_possible(self.name, shapes, config.sparsity, self.sparsity.structure)
         self.controller = Controller(config.controller, self.sparsity, config.sparsity, steps)
         self.joint = config.split == "joint" and config.controller.control == "exact"
         self.split = JointSplit(len(self.sparsity.groups))

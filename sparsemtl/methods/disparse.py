@@ -26,7 +26,7 @@ from sparsemtl.methods.scores import (
     scoring,
     task_saliency,
 )
-from sparsemtl.sparsity.structure import ELEMENT, Structure
+from sparsemtl.sparsity.structure import ELEMENT, Structure, parse_structure
 
 PRETRAINED_SCORES = ("magnitude", "taylor")
 
@@ -64,8 +64,13 @@ class DiSparsePTConfig(MaskConfig):
 
 
 def check_keep_ratio(config: Any) -> None:
-    """raises ValueError unless `keep_ratio` is None or in (0, 1]."""
+    """raises ValueError unless `keep_ratio` is None, or in (0, 1] and on single weights."""
     ratio = config.keep_ratio
+    if ratio is not None and parse_structure(config.structure) != ELEMENT:
+        raise ValueError(
+            f"{type(config).__name__}: Expected structure element with a keep_ratio, got "
+            f"{config.structure!r}: a union over tasks has no whole groups; leave keep_ratio out"
+        )
     if ratio is not None and not 0.0 < ratio <= 1.0:
         raise ValueError(
             f"{type(config).__name__}: Expected keep_ratio in (0, 1] or None, got {ratio}"

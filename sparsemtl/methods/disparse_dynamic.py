@@ -24,7 +24,15 @@ from sparsemtl.methods.base import StepState
 from sparsemtl.methods.masked import MaskConfig, forget_moments, masks_of
 from sparsemtl.methods.rigl import check_topology
 from sparsemtl.methods.scores import check_backbone, owners, scoring, task_gradients
-from sparsemtl.methods.topology import TopologyMethod, cosine_rate, drop, grow, kept_in_drop
+from sparsemtl.methods.topology import (
+    Budget,
+    TopologyMethod,
+    cosine_rate,
+    drop,
+    grow,
+    kept_in_drop,
+    short_of,
+)
 
 VARIANTS = ("paper", "released")
 
@@ -70,7 +78,7 @@ class DiSparseDynamic(TopologyMethod):
         old, budgets = masks_of(self.sparsity), iter(self.budgets)
         return [
             [
-                drop(w, mask, kept_in_drop(next(budgets), rate), self.structure)
+                drop(w, mask, _left(next(budgets), rate), self.structure)
                 for w, mask in zip(group, masks, strict=True)
             ]
             for group, masks in zip(self.weights, old, strict=True)
@@ -91,12 +99,12 @@ class DiSparseDynamic(TopologyMethod):
         for task, places in owners(names, list(scores)).items():
             own = [i for place in places for i in range(starts[place], starts[place + 1])]
             for i, gradient in zip(own, scores[task], strict=True):
-                quota = self.budgets[i] - int(survivors[i].sum())
+                quota = short_of(self.budgets[i], survivors[i], self.structure)
                 grown[i] |= grow(gradient, survivors[i], quota, self.structure)
         old = [mask for group in masks_of(self.sparsity) for mask in group]
         for i, weight in enumerate(flat):
-            short = self.budgets[i] - int(grown[i].sum())
-            grown[i] |= drop(weight, old[i] & ~grown[i], max(0, short), self.structure)
+            short = short_of(self.budgets[i], grown[i], self.structure)
+            grown[i] |= drop(weight, old[i] & ~grown[i], short, self.structure)
         return grown
 
     def _task_scores(self, state: StepState, flat: Sequence[Tensor]) -> dict[str, list[Tensor]]:
@@ -136,6 +144,11 @@ class DiSparseDynamic(TopologyMethod):
         flat = [w for group in self.weights for w in group]
         for w, was, now in zip(flat, old, masks, strict=True):
             forget_moments(state.optimizer, w, ~(was & now))
+
+
+def _left(budget: Budget, rate: float) -> Budget:
+    """What a drop leaves of a layer's budget."""
+    return {size: kept_in_drop(count, rate) for size, count in budget.items()}
 
 
 def parts_of(batch: Any, count: int) -> list[Any]:

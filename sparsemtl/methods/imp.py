@@ -69,7 +69,7 @@ class IMP(MaskMethod):
         config = self.config
         left = remaining_after(done, config.fraction, self.sparsity_target)
         # Pruned weights are 0, so they are the first to go again.
-        sparsity = self.sparsity_target if done == self.rounds else 1.0 - left
+        sparsity = None if done == self.rounds else 1.0 - left
         self.prune(self.magnitudes(), sparsity, config.allocation, config.power)
 
     def describe(self, model: nn.Module) -> dict[str, Any]:

@@ -88,9 +88,7 @@ class LTH(MaskMethod):
             left = remaining_after(done, config.fraction, target)
         else:
             left = (1.0 - target) ** (done / self.rounds)  # equal shares of what is left
-        self.prune(
-            self.magnitudes(), target if last else 1.0 - left, config.allocation, config.power
-        )
+        self.prune(self.magnitudes(), None if last else 1.0 - left, config.allocation, config.power)
         masks = self.sparsity.masks
         assert masks is not None
         with torch.no_grad():

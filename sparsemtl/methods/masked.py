@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from sparsemtl.errors import unknown_choice
 from sparsemtl.methods.base import Method
-from sparsemtl.sparsity.allocation import ALLOCATIONS, allocated_masks
+from sparsemtl.sparsity.allocation import ALLOCATIONS, allocated_masks, check_possible
 from sparsemtl.sparsity.finalize import finalize
 from sparsemtl.sparsity.mask import check_sparsity
 from sparsemtl.sparsity.sparsify import Sparsity, sparsify
@@ -78,6 +78,8 @@ class MaskMethod(Method):
         self.sparsity.theta.requires_grad_(False)
         self.sparsity.open = True
         self.steps = steps
+        shapes = [tuple(w.shape) for group in self.weights for w in group]
+        check_possible(self.name, shapes, self.sparsity_target, self.structure)
 
     @property
     def weights(self) -> list[list[nn.Parameter]]:
@@ -95,11 +97,13 @@ class MaskMethod(Method):
         allocation: str = "global",
         power: float = 1.0,
     ) -> None:
-        """Keep the best-scored weights at exactly the requested sparsity (or the one given)."""
+        """Keep the best-scored weights at exactly the requested sparsity.
+
+        sparsity: of a round before the last, met as nearly as the structure can
+        """
         target = self.sparsity_target if sparsity is None else sparsity
-        self.sparsity.fix_masks(
-            allocated_masks(self.name, scores, target, self.structure, allocation, power)
-        )
+        options = (self.structure, allocation, power, sparsity is None)
+        self.sparsity.fix_masks(allocated_masks(self.name, scores, target, *options))
 
     def finalize(self, model: nn.Module) -> nn.Module:
         return finalize(model)

@@ -11,15 +11,13 @@ from torch import Tensor, nn
 
 from sparsemtl.methods.base import StepState
 from sparsemtl.methods.masked import MaskMethod, step_of
-from sparsemtl.sparsity.allocation import (
-    check_reached,
-    check_room,
-    layer_budgets,
-    masks_by_layer,
-    random_scores,
-)
-from sparsemtl.sparsity.mask import kept_count
+from sparsemtl.sparsity.allocation import allocated_masks, random_scores
+from sparsemtl.sparsity.mask import top_masks
 from sparsemtl.sparsity.structure import Structure
+
+# Weights of a group → how many such groups of a layer live. Groups at a layer's edge are smaller;
+# one is replaced by another of its size only, so that an update keeps the layer's exact count.
+Budget = Mapping[int, int]
 
 
 def cosine_rate(step: int, end: int, first: float) -> float:
@@ -28,45 +26,71 @@ def cosine_rate(step: int, end: int, first: float) -> float:
 
 
 def kept_in_drop(budget: int, rate: float) -> int:
-    """How many of a layer's `budget` weights a drop leaves: all but the rounded-down share."""
+    """How many of `budget` weights or groups a drop leaves: all but the rounded-down share."""
     return budget - int(rate * budget)
 
 
-def drop(weight: Tensor, mask: Tensor, kept: int, structure: Structure) -> Tensor:
-    """The `kept` largest |w| among those alive now (whole groups, while they fit).
+def budget_of(mask: Tensor, structure: Structure) -> Budget:
+    """How many groups of each size are True throughout."""
+    live = structure.scores((~mask).float()) == 0
+    sizes = structure.sizes(mask.shape).to(mask.device)
+    return {int(size): int((live & (sizes == size)).sum()) for size in sizes.unique()}
+
+
+def short_of(budget: Budget, mask: Tensor, structure: Structure) -> Budget:
+    """What a mask lacks of a budget, nowhere below 0."""
+    found = budget_of(mask, structure)
+    return {size: max(0, count - found[size]) for size, count in budget.items()}
+
+
+def drop(weight: Tensor, mask: Tensor, kept: Budget, structure: Structure) -> Tensor:
+    """The `kept` groups of the largest mean |w| among those alive now.
 
     weight, mask: of one layer   returns: bool, like the weight, within `mask`
     """
     alive = torch.where(mask, weight.detach().abs().float() + torch.finfo().tiny, 0.0)
-    return _best(alive, mask, kept, structure)
+    return _best(alive, kept, structure)
 
 
-def grow(gradient: Tensor, mask: Tensor, count: int, structure: Structure) -> Tensor:
-    """The `count` largest |gradient| outside `mask`; never one whose gradient is 0.
+def grow(gradient: Tensor, mask: Tensor, count: Budget, structure: Structure) -> Tensor:
+    """The `count` groups of the largest mean |gradient| outside `mask`.
 
+    A group is never grown in which a weight has no gradient: it would stay 0, a zero too many.
     returns: bool, like the weight, outside `mask`
     """
-    outside = torch.where(mask, 0.0, gradient.detach().abs().float())
-    return _best(outside, ~mask & (outside > 0), count, structure)
+    return _best(torch.where(mask, 0.0, gradient.detach().abs().float()), count, structure)
 
 
-def _best(scores: Tensor, allowed: Tensor, count: int, structure: Structure) -> Tensor:
-    able = int(allowed.sum())
-    chosen = structure.masks([[scores]], min(count, able))[0][0][0]
-    return chosen & allowed
+def _best(scores: Tensor, count: Budget, structure: Structure) -> Tensor:
+    """The best of each size among the groups in which every score is above 0."""
+    whole = structure.scores((scores <= 0).float()) == 0
+    grouped = torch.where(whole, structure.scores(scores), 0.0)
+    sizes = structure.sizes(scores.shape).to(scores.device)
+    chosen = torch.zeros_like(grouped, dtype=torch.bool)
+    for size, wanted in count.items():
+        places = sizes == size
+        able = grouped[places]
+        kept = min(wanted, int((able > 0).sum()))
+        chosen[places] = top_masks([[able]], kept)[0][0][0]
+    return structure.expand(chosen, scores.shape)
 
 
 def update_layer(
-    weight: Tensor, mask: Tensor, gradient: Tensor, budget: int, rate: float, structure: Structure
+    weight: Tensor,
+    mask: Tensor,
+    gradient: Tensor,
+    budget: Budget,
+    rate: float,
+    structure: Structure,
 ) -> Tensor:
     """Drop the smallest weights and grow the largest gradients; the layer keeps its budget.
 
-    A position without gradient is never grown: what it would replace is not dropped instead.
+    What has no gradient is never grown: what it would replace is not dropped instead.
     """
-    growable = int(((gradient != 0) & ~mask).sum())
-    kept = max(kept_in_drop(budget, rate), budget - growable)
+    growable = budget_of((gradient != 0) & ~mask, structure)
+    kept = {n: max(kept_in_drop(b, rate), b - growable[n]) for n, b in budget.items()}
     survivors = drop(weight, mask, kept, structure)
-    return survivors | grow(gradient, survivors, budget - int(survivors.sum()), structure)
+    return survivors | grow(gradient, survivors, short_of(budget, survivors, structure), structure)
 
 
 class TopologyMethod(MaskMethod):
@@ -84,19 +108,17 @@ class TopologyMethod(MaskMethod):
         config = self.config
         self.every = config.update_every or max(10, round(steps / 200))
         self.end = step_of(config.update_until, steps)
-        shapes = [tuple(w.shape) for group in self.weights for w in group]
-        numel = sum(math.prod(shape) for shape in shapes)
-        self.budgets = layer_budgets(
-            shapes, kept_count(numel, self.sparsity_target), config.allocation, config.power
-        )
+        self.budgets: list[Budget] = []  # per layer, from the start on
 
     def on_start(self, state: StepState) -> None:
         scores = random_scores(self.weights, state.seed)
-        check_room(self.name, scores, self.sparsity_target, self.structure)
-        masks = masks_by_layer(scores, self.budgets, self.structure)
-        check_reached(self.name, masks, self.sparsity_target, self.structure)
+        config = self.config
+        masks = allocated_masks(
+            *(self.name, scores, self.sparsity_target, self.structure),
+            *(config.allocation, config.power),
+        )
         # Whole groups may miss a layer's budget: what a layer has now is what it keeps.
-        self.budgets = [int(m.sum()) for group in masks for m in group]
+        self.budgets = [budget_of(m, self.structure) for group in masks for m in group]
         self.sparsity.fix_masks(masks, keep_dormant=self.keep_dormant)
 
     def layers(self, values: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -104,19 +104,48 @@ class DeltaPoint:
 
 
 def delta_against_sparsity(points: Sequence[DeltaPoint], reference: str) -> Figure:
-    """Δ of each method over the requested sparsity; error bars are one std over seeds."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    """Δ of each method over the requested sparsity; error bars are one std over seeds.
+
+    With a single budget there is nothing to draw it against: a row per method then.
+    """
+    pruned = [p for p in points if p.sparsity is not None and np.isfinite(p.delta)]
+    budgets = {p.sparsity for p in pruned}
+    rows = len(pruned) if len(budgets) == 1 else 0
+    figure = Figure(figsize=(8, max(5.0, 0.9 + 0.27 * rows)), layout="constrained")
     axis = figure.subplots()
-    pruned = [p for p in points if p.sparsity is not None]
-    for i, method in enumerate(dict.fromkeys(p.method for p in pruned)):
-        own = sorted(
-            (p for p in pruned if p.method == method and np.isfinite(p.delta)),
-            key=lambda p: p.sparsity or 0.0,
-        )
-        # Side by side, so that methods at one budget do not hide each other.
-        shift = 0.12 * (i - len(pruned) / 2) if len({p.sparsity for p in pruned}) == 1 else 0.0
+    label = f"Δ_T against {reference}, %"
+    if rows:
+        _delta_rows(axis, pruned)
+        axis.set_xlabel(f"{label}, at {100 * (pruned[0].sparsity or 0.0):g} % sparsity")
+    else:
+        _delta_curves(axis, pruned)
+        axis.set_xlabel("sparsity, %")
+        axis.set_ylabel(label)
+    for i, point in enumerate(p for p in points if p.sparsity is None):
+        line = axis.axvline if rows else axis.axhline
+        line(point.delta, color="k", lw=0.9, ls=("--", ":", "-.")[i % 3], label=point.method)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    if points:
+        axis.legend(fontsize=7, frameon=False, ncols=1 if rows else 2)
+    return figure
+
+
+def _delta_rows(axis: Axes, points: Sequence[DeltaPoint]) -> None:
+    """One row per method, the best on top."""
+    ordered = sorted(points, key=lambda p: p.delta)
+    spread = [p.std or 0.0 for p in ordered]
+    places = range(len(ordered))
+    axis.errorbar([p.delta for p in ordered], places, xerr=spread, fmt="o", capsize=3, lw=1.3)
+    axis.set_yticks(places, [p.method for p in ordered], fontsize=8)
+
+
+def _delta_curves(axis: Axes, points: Sequence[DeltaPoint]) -> None:
+    """A curve per method over its budgets."""
+    for i, method in enumerate(dict.fromkeys(p.method for p in points)):
+        own = sorted((p for p in points if p.method == method), key=lambda p: p.sparsity or 0.0)
         axis.errorbar(
-            [100 * (p.sparsity or 0.0) + shift for p in own],
+            [100 * (p.sparsity or 0.0) for p in own],
             [p.delta for p in own],
             yerr=[p.std or 0.0 for p in own],
             marker="osD^v"[i // len(COLOURS) % 5],
@@ -125,17 +154,6 @@ def delta_against_sparsity(points: Sequence[DeltaPoint], reference: str) -> Figu
             capsize=3,
             lw=1.3,
         )
-    for i, point in enumerate(p for p in points if p.sparsity is None):
-        axis.axhline(
-            point.delta, color="k", lw=0.9, ls=("--", ":", "-.")[i % 3], label=point.method
-        )
-    axis.set_xlabel("sparsity, %")
-    axis.set_ylabel(f"Δ_T against {reference}, %")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    if points:
-        axis.legend(fontsize=7, frameon=False, ncols=2)
-    return figure
 
 
 def _losses(

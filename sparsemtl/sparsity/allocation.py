@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from math import prod
+from math import gcd, prod
 
 import torch
 from torch import Tensor
@@ -82,31 +82,55 @@ def allocated_masks(
     structure: Structure,
     allocation: str = "global",
     power: float = 1.0,
+    exact: bool = True,
 ) -> list[list[Tensor]]:
     """Masks that keep the best-scored weights at exactly `sparsity`.
 
     scores:  per component, per layer: like the weight, ≥ 0
+    exact:   False: come as near as the structure can, for a round before the last
     returns: bool masks in the same nesting; with whole groups the count may miss the target by
              less than a group, never by more than 0.1 % of all weights
     raises:  ValueError, with the nearest possible sparsity, if the structure cannot reach it
     """
     if allocation not in ALLOCATIONS:
         raise ValueError(f"{who}: {unknown_choice('allocation', allocation, ALLOCATIONS)}")
-    numel = sum(layer.numel() for group in scores for layer in group)
+    layers = [layer for group in scores for layer in group]
+    numel = sum(layer.numel() for layer in layers)
     kept = kept_count(numel, sparsity)
     if kept == 0:
         raise ValueError(
             f"{who}: Expected a sparsity that keeps at least one of {numel} weights, got "
             f"{sparsity}; the nearest is {1.0 - 1.0 / numel:.6g}"
         )
-    check_room(who, scores, sparsity, structure)
+    if exact:
+        check_room(who, scores, sparsity, structure)
+    rooms = [room(layer, structure) for layer in layers]
+    kept = min(kept, sum(rooms))
     if allocation == "global":
         masks = structure.masks(scores, kept)[0]
     else:
-        shapes = [tuple(layer.shape) for group in scores for layer in group]
-        masks = masks_by_layer(scores, layer_budgets(shapes, kept, allocation, power), structure)
-    check_reached(who, masks, sparsity, structure)
+        shapes = [tuple(layer.shape) for layer in layers]
+        budgets = within_rooms(layer_budgets(shapes, kept, allocation, power), rooms)
+        masks = masks_by_layer(scores, budgets, structure)
+    if exact:
+        check_reached(who, masks, sparsity, structure)
     return masks
+
+
+def within_rooms(budgets: Sequence[int], rooms: Sequence[int]) -> list[int]:
+    """Cap each layer's budget at its room; what is cut goes to the others in proportion to theirs.
+
+    returns: as many in all, while the rooms hold so many
+    """
+    found = [min(b, r) for b, r in zip(budgets, rooms, strict=True)]
+    target = min(sum(budgets), sum(rooms))
+    while (over := target - sum(found)) > 0:
+        free = [i for i in range(len(found)) if found[i] < rooms[i]]
+        total = sum(found[i] for i in free)
+        for i in free:
+            share = over * found[i] // total if total else over
+            found[i] += min(max(1, share), rooms[i] - found[i], target - sum(found))
+    return found
 
 
 def masks_by_layer(
@@ -132,6 +156,45 @@ def room(scores: Tensor, structure: Structure) -> int:
     return int((n_of_m_mask(scores, *structure.n_of_m) & (scores > 0)).sum())
 
 
+def check_possible(
+    who: str, shapes: Sequence[tuple[int, ...]], sparsity: float, structure: Structure
+) -> None:
+    """raises ValueError, with the nearest, for a budget that no scores at all could meet.
+
+    shapes: of all prunable weights. What scores decide too, `allocated_masks` says.
+    """
+    numel = sum(prod(shape) for shape in shapes)
+    kept = kept_count(numel, sparsity)
+    if structure.n_of_m is not None:
+        n, m = structure.n_of_m
+        able = sum(
+            prod(shape) // shape[1] * (shape[1] // m * n + min(shape[1] % m, n)) for shape in shapes
+        )
+        if kept > able:
+            raise ValueError(_no_room(who, structure, sparsity, able, numel, "weights"))
+    elif structure.grouped:
+        unit = gcd(*(int(size) for shape in shapes for size in structure.sizes(shape).unique()))
+        near = min(numel, max(unit, round(kept / unit) * unit))  # numel is a multiple too
+        if abs(near - kept) > TOLERANCE * numel:
+            raise ValueError(_no_group(who, structure, sparsity, 1.0 - near / numel))
+
+
+def _no_room(
+    who: str, structure: Structure, sparsity: float, able: int, numel: int, what: str
+) -> str:
+    return (
+        f"{who}: Expected a sparsity that {structure} can reach, got {sparsity}: it keeps at most "
+        f"{able} of {numel} {what}; the nearest is {1.0 - able / numel:.4f}"
+    )
+
+
+def _no_group(who: str, structure: Structure, sparsity: float, nearest: float) -> str:
+    return (
+        f"{who}: Expected a sparsity that whole groups of structure {structure} can reach within "
+        f"0.1 %, got {sparsity}; the nearest is {nearest:.4f}"
+    )
+
+
 def check_room(who: str, scores: Scores, sparsity: float, structure: Structure) -> None:
     """raises ValueError if N:M leaves fewer weights than `sparsity` asks to keep."""
     if structure.n_of_m is None:
@@ -139,11 +202,8 @@ def check_room(who: str, scores: Scores, sparsity: float, structure: Structure) 
     numel = sum(layer.numel() for group in scores for layer in group)
     able = sum(room(layer, structure) for group in scores for layer in group)
     if kept_count(numel, sparsity) > able:
-        raise ValueError(
-            f"{who}: Expected a sparsity that {structure} can reach, got {sparsity}: it keeps at "
-            f"most {able} of {numel} weights that have a score; the nearest is "
-            f"{1.0 - able / numel:.4f}"
-        )
+        what = "weights that have a score"
+        raise ValueError(_no_room(who, structure, sparsity, able, numel, what))
 
 
 def check_reached(
@@ -156,10 +216,7 @@ def check_reached(
     if abs(kept - asked) > TOLERANCE * numel:
         more = kept + _smallest_dead(masks, structure)
         kept = more if abs(more - asked) < abs(kept - asked) else kept
-        raise ValueError(
-            f"{who}: Expected a sparsity that whole groups of structure {structure} can reach "
-            f"within 0.1 %, got {sparsity}; the nearest is {1.0 - kept / numel:.4f}"
-        )
+        raise ValueError(_no_group(who, structure, sparsity, 1.0 - kept / numel))
 
 
 def _smallest_dead(masks: Sequence[Sequence[Tensor]], structure: Structure) -> int:

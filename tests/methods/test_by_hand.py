@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from sparsemtl.methods import (
+    AdapMTLConfig,
+    DiSparseStaticConfig,
     IMPConfig,
     LTHConfig,
     MagnitudeConfig,
@@ -20,8 +22,20 @@ from sparsemtl.methods import (
 )
 from sparsemtl.methods.disparse import entry_ratios, union_masks
 from sparsemtl.methods.imp import remaining_after, rounds_to
-from sparsemtl.methods.topology import cosine_rate, drop, grow, kept_in_drop, update_layer
-from sparsemtl.sparsity.allocation import allocated_masks, erk_densities, layer_budgets
+from sparsemtl.methods.topology import (
+    budget_of,
+    cosine_rate,
+    drop,
+    grow,
+    kept_in_drop,
+    update_layer,
+)
+from sparsemtl.sparsity.allocation import (
+    allocated_masks,
+    erk_densities,
+    layer_budgets,
+    within_rooms,
+)
 from sparsemtl.sparsity.structure import ELEMENT, parse_structure
 
 
@@ -158,14 +172,42 @@ def test_rigl_drops_the_smallest_and_grows_the_largest_gradient():
     mask = torch.tensor([[True, True, True, False, False, False]])
     gradient = torch.tensor([[0.1, 9.0, 0.1, 2.0, 7.0, 0.0]])
     # Three live, rate 2/3: only 5 survives; the just-dropped 1 returns by its gradient, as does 7.
-    found = update_layer(weight, mask, gradient, 3, 2 / 3 + 1e-9, ELEMENT)
+    found = update_layer(weight, mask, gradient, {1: 3}, 2 / 3 + 1e-9, ELEMENT)
     assert found.tolist() == [[True, True, False, False, True, False]]
     # A position without gradient is never grown; what it would replace stays.
-    still = update_layer(weight, mask, torch.zeros_like(weight), 3, 0.7, ELEMENT)
+    still = update_layer(weight, mask, torch.zeros_like(weight), {1: 3}, 0.7, ELEMENT)
     assert torch.equal(still, mask)
-    survivors = drop(weight, mask, 2, ELEMENT)
+    survivors = drop(weight, mask, {1: 2}, ELEMENT)
     assert survivors.tolist() == [[True, False, True, False, False, False]]
-    assert grow(gradient, survivors, 1, ELEMENT).tolist() == [[0, 1, 0, 0, 0, 0]]
+    assert grow(gradient, survivors, {1: 1}, ELEMENT).tolist() == [[0, 1, 0, 0, 0, 0]]
+
+
+def test_groups_move_whole_and_within_their_size():
+    """vector(2) on three output channels: pairs of rows 0 and 1, and row 2 alone at the edge."""
+    pairs = parse_structure("vector(2)")
+    weight = torch.tensor([[4.0, 1.0, 0.0, 0.0], [4.0, 1.0, 0.0, 0.0], [3.0, 0.0, 0.0, 0.0]])
+    mask = weight != 0
+    assert budget_of(mask, pairs) == {2: 2, 1: 1}
+    gradient = torch.tensor([[0.0, 0.1, 9.0, 2.0], [0.0, 0.1, 0.0, 2.0], [0.0, 8.0, 0.0, 1.0]])
+    found = update_layer(weight, mask, gradient, {2: 2, 1: 1}, 0.5, pairs)
+    # Of the pairs one goes and (2, 2) comes; (9, 0) would leave a weight at 0. Half of one is none.
+    assert found.int().tolist() == [[1, 0, 0, 1], [1, 0, 0, 1], [1, 0, 0, 0]]
+    # All may go, but only one pair elsewhere has a gradient, so only one goes.
+    found = update_layer(weight, mask, gradient, {2: 2, 1: 1}, 1.0, pairs)
+    assert found.int().tolist() == [[1, 0, 0, 1], [1, 0, 0, 1], [0, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("budgets", "rooms", "expected"),
+    [
+        ([5, 5], [9, 9], [5, 5]),
+        ([9, 6, 3], [5, 9, 9], [5, 9, 4]),
+        ([9, 0, 0], [5, 3, 9], [5, 3, 1]),
+        ([9, 9], [4, 5], [4, 5]),
+    ],
+)
+def test_budgets_stay_within_rooms(budgets, rooms, expected):
+    assert within_rooms(budgets, rooms) == expected
 
 
 def test_imp_remaining_per_round():
@@ -247,32 +289,72 @@ def test_structured_masks_hold_whole_groups(structure):
 
 
 @pytest.mark.parametrize(
+    "config",
+    [
+        IMPConfig(sparsity=0.75, structure="2:4", fraction=0.1, start=0.0),
+        LTHConfig(sparsity=0.75, structure="2:4", rounds=3),
+        LTHConfig(sparsity=0.75, structure="channel", rounds=None),
+        MagnitudeConfig(sparsity=0.75, structure="1:2", allocation="erk"),
+    ],
+    ids=["imp", "lth", "channels", "erk"],
+)
+def test_rounds_on_their_way_do_what_the_structure_can(config):
+    """Only the last round must be exact: 2:4 cannot keep 90 %, but it can keep 25 %."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
+    method = build_method(config, {"backbone": "0", "head:y": "1"})
+    method.prepare(model, 40)
+    state = OwnLoop(model, Adam([p for p in model.parameters() if p.requires_grad]), None)
+    method.on_start(state)
+    for state.step in range(1, 41):
+        method.on_step(state)
+    kept = sum(int(group[0].sum()) for group in model.sparsity.masks)
+    assert kept == 512
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MagnitudeConfig(sparsity=0.3, structure="2:4", prune_at=0.0), r"nearest is 0\.5000"),
-        (MagnitudeConfig(sparsity=0.95, structure="channel", prune_at=0.0), r"nearest is 0\.9531"),
-        (MagnitudeConfig(sparsity=0.8, structure="block(16,16)", prune_at=0.0), r"is 0\.7500"),
-        (MagnitudeConfig(sparsity=0.9999, prune_at=0.0), "keeps at least one of 512 weights"),
+        (MagnitudeConfig(sparsity=0.3, structure="2:4"), r"nearest is 0\.5000"),
+        (SNIPConfig(sparsity=0.95, structure="channel"), r"nearest is 0\.9531"),
+        (MagnitudeConfig(sparsity=0.8, structure="block(16,16)"), r"is 0\.7500"),
+        (AdapMTLConfig(sparsity=0.8, structure="block(16,16)"), r"is 0\.7500"),
         (RigLConfig(structure="2:4"), "a regrown weight cannot respect N:M"),
     ],
-    ids=["n-of-m", "channel", "block", "nothing", "rigl"],
+    ids=["n-of-m", "channel", "block", "adapmtl", "rigl"],
 )
-def test_a_budget_out_of_reach_is_refused_with_the_nearest(config, message):
+def test_a_budget_out_of_reach_is_refused_before_training_with_the_nearest(config, message):
     model = nn.Sequential(nn.Linear(32, 8, bias=False), nn.Linear(8, 32, bias=False))
     method = build_method(config, {"backbone": "0", "head:y": "1"})
-    state = OwnLoop(model, Adam(model.parameters()), None)
-
-    def prune() -> None:
-        method.prepare(model, 1)
-        method.on_start(state)
-
     with pytest.raises(ValueError, match=message):
-        prune()
+        method.prepare(model, 100)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        # Weights that are 0 have no place in N:M, which shapes do not tell.
+        ({"sparsity": 0.6, "structure": "2:4"}, r"at most 128 of 512 .* a score.* is 0\.7500"),
+        ({"sparsity": 0.9999}, "keeps at least one of 512 weights, .*nearest is 0.99804"),
+    ],
+    ids=["n-of-m", "nothing"],
+)
+def test_a_budget_out_of_reach_when_pruning_is_refused_with_the_nearest(options, message):
+    model = nn.Sequential(nn.Linear(32, 8, bias=False), nn.Linear(8, 32, bias=False))
+    nn.init.zeros_(model[0].weight)
+    config = MagnitudeConfig(prune_at=0.0, **options)
+    method = build_method(config, {"backbone": "0", "head:y": "1"})
+    method.prepare(model, 100)
+    with pytest.raises(ValueError, match=message):
+        method.on_start(OwnLoop(model, Adam(model.parameters()), None))
+
+
+def test_a_given_keep_ratio_is_for_single_weights():
+    with pytest.raises(ValueError, match="structure element with a keep_ratio, got '2:4'"):
+        DiSparseStaticConfig(structure="2:4", keep_ratio=0.1)
 
 
 def test_a_task_without_gradient_in_the_backbone_is_named():
-    from sparsemtl.methods import DiSparseStaticConfig
-
     model = TwoLayers([1.0, 2.0], [3.0, 0.5])
 
     def losses(x: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 from sparsemtl.data import ScenesConfig, build_dataset
 from sparsemtl.data.scenes import CLASSIFICATION
 from sparsemtl.methods import Distinctiveness, DistinctivenessConfig, OwnLoop
-from sparsemtl.methods.distinctiveness import (
+from sparsemtl.methods.unit_merging import (
     Patterns,
     cosines,
     merge_plan,

@@ -11,6 +11,7 @@ from sparsemtl.methods import METHODS, build_method, method_config_type
 from sparsemtl.models.component import find_components
 from sparsemtl.models.config import ModelConfig, build_model
 from sparsemtl.sparsity.stats import sparsity_report
+from sparsemtl.sparsity.structure import parse_structure
 from sparsemtl.tasks import make_task
 from sparsemtl.training import runtime
 from sparsemtl.training.callbacks import Checkpointer, every
@@ -68,6 +69,23 @@ def test_the_budget_is_exact_and_the_zeros_are_real(data, name):
     report = sparsity_report(model, find_components(model))
     assert abs(report.overall - 0.8) < 1e-3
     assert len(set(report.components.values())) > 1 or name in ("rigl", "disparse-dynamic")
+
+
+@pytest.mark.parametrize("structure", ["vector(4)", "block(4,4)", "channel"])
+@pytest.mark.parametrize("name", ["rigl", "disparse-dynamic"])
+def test_groups_that_move_stay_whole_and_meet_the_budget(data, name, structure):
+    state = make_state(data, name, sparsity=0.8, structure=structure)
+    train(state)
+    masks = [m for group in state.model.sparsity.masks for m in group]
+    kinds = parse_structure(structure)
+    for mask in masks:
+        assert set(kinds.scores(mask.float()).unique().tolist()) <= {0.0, 1.0}
+    model = state.method.finalize(state.model)
+    assert abs(sparsity_report(model, find_components(model)).overall - 0.8) < 1e-3
+    start = make_state(data, name, steps=1, sparsity=0.8, structure=structure)
+    start.method.on_start(start)
+    first = [m for group in start.model.sparsity.masks for m in group]
+    assert any(not torch.equal(a, b) for a, b in zip(first, masks, strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
