@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sparsemtl.ops.availability import native_module
+from sparsemtl.ops.availability import native_module, why_not_native
 from sparsemtl.sparsity.choice import cache_file, machine_key
 
 log = logging.getLogger(__name__)
@@ -26,29 +26,31 @@ def engine_file() -> Path:
     return cache_file().with_name("engine.json")
 
 
-def _machine() -> str:
-    return f"{machine_key()}, {native_module().isa()}"
+def machine() -> str:
+    """What times depend on besides the layer: processor, threads, torch, instruction set."""
+    isa = native_module().isa() if why_not_native() is None else "no native kernels"
+    return f"{machine_key()}, {isa}"
 
 
-def known_times(key: str, machine: str | None = None) -> Times | None:
-    """Times measured before for a layer.   machine: by default this one with as many threads"""
-    machine = machine or _machine()
-    full = f"{engine_file()} {machine} {key}"
+def known_times(key: str, where: str | None = None) -> Times | None:
+    """Times measured before for a layer.   where: by default this machine with as many threads"""
+    where = where or machine()
+    full = f"{engine_file()} {where} {key}"
     if full not in _known:
-        found = _read(engine_file()).get(machine, {}).get(key)
+        found = _read(engine_file()).get(where, {}).get(key)
         if found is not None:
             _known[full] = found
     return _known.get(full)
 
 
-def remember_times(key: str, times: Times, machine: str | None = None) -> Times:
+def remember_times(key: str, times: Times, where: str | None = None) -> Times:
     """Enter times; returns those that count, which are another's if it was first."""
-    path, machine = engine_file(), machine or _machine()
+    path, here = engine_file(), where or machine()
     try:
-        times = _merge(path, machine, key, times)
+        times = _merge(path, here, key, times)
     except OSError as error:
         log.warning("times are measured anew in each run: cannot write %s: %s", path, error)
-    _known[f"{path} {machine} {key}"] = times
+    _known[f"{path} {here} {key}"] = times
     return times
 
 

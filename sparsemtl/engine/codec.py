@@ -22,6 +22,7 @@ CODINGS = ("dense", "bitmask", "gaps")
 MOST_GROWTH = 256  # decoded bytes for a coded one, beyond the first 64 KiB
 _FREE_BYTES = 1 << 16
 _SKIP = 255
+_BITS_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
 
 
 def encode(
@@ -65,6 +66,28 @@ def check(coding: str, shape: tuple[int, ...], sizes: dict[str, tuple[torch.dtyp
     }
     if not fits[coding] or values > count or _too_much(count * 4, coded):
         raise ValueError(f"engine: Expected {coding} parts of a weight {list(shape)}, got {sizes}")
+
+
+def check_places(coding: str, shape: tuple[int, ...], parts: dict[str, Tensor]) -> None:
+    """raises: ValueError unless the index of a checked coding fits the values and the shape
+
+    As `decode` would find, without the memory of the weight.
+    """
+    count, values = prod(shape), len(parts["values"])
+    index = parts["index"].numpy()
+    if coding == "bitmask":
+        places, beyond = int(_BITS_SET[index].sum()), count % 8
+        if beyond and int(index[-1]) >> beyond:
+            raise ValueError("engine: Expected no bits beyond the weight, got some")
+    else:
+        places = int(np.count_nonzero(index != _SKIP))
+        reach = int(index.sum(dtype=np.int64)) + places
+        if reach > count:
+            raise ValueError(f"engine: Expected places below {count}, got {reach - 1}")
+    if places != values:
+        raise ValueError(
+            f"engine: Expected {values} places of a weight {list(shape)}, got {places}"
+        )
 
 
 def decode(

@@ -32,7 +32,7 @@ from sparsemtl.engine.executors.device_candidates import (
 )
 from sparsemtl.engine.executors.device_forms import Blocks, Branches, Dense, Form
 from sparsemtl.engine.graph import Graph
-from sparsemtl.engine.select import LayerChoice
+from sparsemtl.engine.selection import LayerChoice
 from sparsemtl.engine.target import Target
 from sparsemtl.ops.availability import INTERPRETING, launch_errors
 from sparsemtl.ops.block_pattern import BlockPattern

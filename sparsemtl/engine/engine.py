@@ -11,26 +11,27 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsemtl.engine.executor import EXECUTORS, Executor, OnDevice, make_executor
+from sparsemtl.engine.choices import machine
+from sparsemtl.engine.deferred import defer, densities, without_weights
+from sparsemtl.engine.executor import EXECUTORS, Executor, OnDevice, Selected, make_executor
 from sparsemtl.engine.executors.device_cast import DeviceWeights
 from sparsemtl.engine.explain import Explanation, explain_plan
 from sparsemtl.engine.file import load_graph, physical_memory, save_graph
 from sparsemtl.engine.graph import Graph
 from sparsemtl.engine.liveness import peak_bytes
 from sparsemtl.engine.passes import adapt, optimise
+from sparsemtl.engine.saved_choices import Choices, Shapes
+from sparsemtl.engine.selection import Selection
 from sparsemtl.engine.shapes import specialise
-from sparsemtl.engine.store import Coded, StoredGraph, densities, without_weights
 from sparsemtl.engine.target import Target, make_target
 from sparsemtl.errors import unknown_choice
-
-Shapes = tuple[tuple[int, ...], ...]
 
 MOST_PLANS = 8
 
@@ -87,18 +88,27 @@ class Plan:
         self,
         graph: Graph,
         executor: str,
+        choices: Mapping[tuple[str, Shapes], Selection],
         target: Target | None = None,
         weights: DeviceWeights | None = None,
     ) -> None:
+        shapes = tuple(graph.shape(name) for name in graph.inputs)
+        here = machine()
         graph, self.rewrites = adapt(graph)
         peak = peak_bytes(graph)
         if peak > physical_memory():
-            shapes = [list(graph.shape(name)) for name in graph.inputs]
+            sizes = [list(shape) for shape in shapes]
             raise ValueError(
-                f"engine: Expected an input whose values fit this machine's memory, got {shapes}, "
+                f"engine: Expected an input whose values fit this machine's memory, got {sizes}, "
                 f"which needs {peak} bytes"
             )
-        self.executor: Executor = make_executor(executor, graph, target, weights)
+        known = choices.get((here, shapes))
+        self.executor: Executor = make_executor(executor, graph, known, target, weights)
+        self.timed: tuple[str, Selection] | None = None
+        self.chosen = ""
+        if isinstance(self.executor, Selected) and self.executor.measured:
+            self.timed = here, self.executor.selection
+            self.chosen = _origin(self.executor, here, shapes, choices)
         self.densities = densities(graph)
         self.graph = without_weights(graph)  # the executor has them in its own form
 
@@ -106,6 +116,18 @@ class Plan:
     def peak_bytes(self) -> int:
         """Memory for intermediate values in one call, reuse counted; weights are not in it."""
         return self.executor.peak_bytes
+
+
+def _origin(
+    executor: Selected, here: str, shapes: Shapes, choices: Mapping[tuple[str, Shapes], Selection]
+) -> str:
+    """Where choices come from, in words."""
+    if executor.from_file:
+        return f"of the engine's file, timed on this machine ({here})"
+    others = sorted({machine for machine, known in choices if known == shapes and machine != here})
+    if others:
+        return f"timed here ({here}); the engine's file has those of {'; '.join(others)}"
+    return f"timed here ({here})"
 
 
 class Engine:
@@ -120,15 +142,14 @@ class Engine:
         most_plans: int = MOST_PLANS,
         rewrites: dict[str, int] | None = None,
         about: dict[str, Any] | None = None,
-        coded: dict[int, Coded] | None = None,
+        choices: Choices | None = None,
     ) -> None:
         if executor not in EXECUTORS:
             raise ValueError(f"engine: {unknown_choice('executor', executor, EXECUTORS)}")
         if most_plans < 1:
             raise ValueError(f"engine: Expected most_plans ≥ 1, got {most_plans}")
-        self._stored = StoredGraph(graph, coded)
-        self._fresh: Graph | None = graph  # until the first plan has used it
-        self.graph = self._stored.light
+        self.graph = defer(graph)
+        self._choices = dict(choices or {})
         self.rewrites = dict(rewrites or {})
         self.about = dict(about or {})
         self._executor, self._target = executor, target
@@ -136,9 +157,8 @@ class Engine:
         self._most_plans = most_plans
         self._plans: OrderedDict[Shapes, Plan] = OrderedDict()
         self._lock = threading.Lock()
-        self._device = next(
-            (w.device for node in graph.nodes for w in node.weights.values()), torch.device("cpu")
-        )
+        devices = (w.device for node in self.graph.nodes for w in node.weights.values())
+        self._device = next((d for d in devices if d.type != "meta"), torch.device("cpu"))
         if target is not None:
             self._device = target.device
 
@@ -170,11 +190,15 @@ class Engine:
             if shapes in self._plans:
                 self._plans.move_to_end(shapes)
                 return self._plans[shapes]
-            graph = self._fresh or self._stored.graph()
             plan = Plan(
-                specialise(graph, shapes), self._executor, self._target, self._device_weights
+                specialise(self.graph, shapes),
+                self._executor,
+                self._choices,
+                self._target,
+                self._device_weights,
             )
-            self._fresh = None
+            if plan.timed is not None:
+                self._choices[plan.timed[0], shapes] = plan.timed[1]
             self._plans[shapes] = plan
             while len(self._plans) > self._most_plans:
                 self._plans.popitem(last=False)
@@ -204,11 +228,22 @@ class Engine:
     ) -> None:
         """Write `plan.json` and `weights.safetensors` into a new folder, all of it or nothing.
 
+        What was timed for the sizes in use is written too, so that loading it on this machine, with
+        as many threads, times nothing.
+
         dtype:  "bfloat16" halves the values, rounded to 8 bits of precision
         raises: ValueError for a folder that holds something, or an operator of another library
         """
-        graph = self._stored.graph()
-        save_graph(graph, Path(folder), dtype=dtype, overwrite=overwrite, about=self.about)
+        with self._lock:
+            choices = dict(self._choices)
+        save_graph(
+            self.graph,
+            Path(folder),
+            dtype=dtype,
+            overwrite=overwrite,
+            about=self.about,
+            choices=choices,
+        )
 
     @classmethod
     def load(
@@ -227,14 +262,14 @@ class Engine:
         raises: EngineFileError (a ValueError) naming what is wrong, an unknown version among it
         """
         target = make_target("Engine.load", device, dtype, copy_outputs=copy_outputs)
-        graph, about, coded = load_graph(Path(folder))
+        graph, about, choices = load_graph(Path(folder))
         return cls(
             graph,
             executor=executor,
             target=target,
             most_plans=most_plans,
             about=about,
-            coded=coded,
+            choices=choices,
         )
 
     def _check(self, inputs: tuple[Tensor, ...]) -> None:

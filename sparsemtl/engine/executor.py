@@ -9,13 +9,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sparsemtl.engine.deferred import decoded
 from sparsemtl.engine.executors.device import DeviceExecutor
 from sparsemtl.engine.executors.device_cast import DeviceWeights
 from sparsemtl.engine.executors.support import why_not
 from sparsemtl.engine.executors.torch import TorchExecutor
 from sparsemtl.engine.graph import Graph, Node
 from sparsemtl.engine.liveness import peak_bytes
-from sparsemtl.engine.select import DENSE, Selection, executor_of, select
+from sparsemtl.engine.select import executor_of, fits, select
+from sparsemtl.engine.selection import DENSE, Selection
 from sparsemtl.engine.target import Target
 from sparsemtl.ops.availability import why_not_native
 from sparsemtl.ops.dispatch import BackendUnavailable
@@ -62,7 +64,7 @@ class PlainTorch:
     where = ""
 
     def __init__(self, graph: Graph) -> None:
-        self._run = TorchExecutor(graph)
+        self._run = TorchExecutor(decoded(graph))
         self.peak_bytes = peak_bytes(graph)
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
@@ -73,14 +75,19 @@ class PlainTorch:
 
 
 class Selected:
-    """Each layer as measured on this machine: the native core, or torch where it is faster."""
+    """Each layer as measured on this machine: the native core, or torch where it is faster.
+
+    known: what was chosen for this graph before, on this machine; None: choose now
+    """
 
     where = ""
 
-    def __init__(self, graph: Graph, mode: str) -> None:
-        self._selection: Selection = select(graph, mode)
-        self._whole_in_torch = self._selection.whole == DENSE
-        self._run = executor_of(graph, self._selection)
+    def __init__(self, graph: Graph, mode: str, known: Selection | None = None) -> None:
+        self.from_file = known is not None and fits(known, graph)
+        self.selection = known if known is not None and self.from_file else select(graph, mode)
+        self.measured = mode == "measured"
+        self._whole_in_torch = self.selection.whole == DENSE
+        self._run = executor_of(graph, self.selection)
         self._why_not = {node.name: why_not(node, graph) for node in graph.nodes}
         self.peak_bytes = getattr(self._run, "peak_bytes", peak_bytes(graph))
 
@@ -88,7 +95,7 @@ class Selected:
         return self._run(*inputs)
 
     def choice(self, node: Node) -> Choice:
-        layer = self._selection.layers.get(node.name)
+        layer = self.selection.layers.get(node.name)
         candidates = {} if layer is None else layer.candidates
         reason = self._why_not[node.name]
         if self._whole_in_torch:
@@ -114,7 +121,7 @@ class OnDevice:
     """One CUDA graph of a target's device; on the CPU, the same calls one by one."""
 
     def __init__(self, graph: Graph, target: Target, weights: DeviceWeights | None) -> None:
-        self.run = DeviceExecutor(graph, target, weights)
+        self.run = DeviceExecutor(decoded(graph), target, weights)
         self.peak_bytes, self.where = self.run.peak_bytes, self.run.where
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
@@ -125,37 +132,44 @@ class OnDevice:
         return Choice(runs_as, because, dict(candidates))
 
 
-EXECUTORS: dict[str, Callable[[Graph], Executor]] = {
-    "auto": lambda graph: Selected(graph, "measured") if _fits(graph) else PlainTorch(graph),
-    "native": lambda graph: Selected(_checked(graph), "measured"),
-    "sparse": lambda graph: Selected(_checked(graph), "sparse"),
-    "torch": PlainTorch,
-    "device": lambda graph: OnDevice(graph, Target(torch.device("cpu")), None),
+def _auto(graph: Graph, known: Selection | None) -> Executor:
+    if _why_not_selected(graph) is None:
+        return Selected(graph, "measured", known)
+    return PlainTorch(graph)
+
+
+EXECUTORS: dict[str, Callable[[Graph, Selection | None], Executor]] = {
+    "auto": _auto,
+    "native": lambda graph, known: Selected(_checked(graph), "measured", known),
+    "sparse": lambda graph, known: Selected(_checked(graph), "sparse"),
+    "torch": lambda graph, known: PlainTorch(graph),
+    "device": lambda graph, known: OnDevice(graph, Target(torch.device("cpu")), None),
 }
 
 
 def make_executor(
-    name: str, graph: Graph, target: Target | None = None, weights: DeviceWeights | None = None
+    name: str,
+    graph: Graph,
+    known: Selection | None = None,
+    target: Target | None = None,
+    weights: DeviceWeights | None = None,
 ) -> Executor:
-    """An executor for a graph.
+    """An executor for a graph, whose weights may be deferred.
 
     name:    a key of EXECUTORS
+    known:   what a file says was chosen for it on this machine
     target:  a device and type; then "auto" is "device"
     weights: on the device already, of the engine's other plans
     raises:  BackendUnavailable for one asked for by name that cannot run here
     """
     if target is None:
-        return EXECUTORS[name](graph)
+        return EXECUTORS[name](graph, known)
     if name in ("auto", "device"):
         return OnDevice(graph, target, weights)
     raise BackendUnavailable(
         f"engine cannot run on {name!r}: it computes on the CPU, and {target.device} was asked "
         "for. Choose executor='device', or leave it open"
     )
-
-
-def _fits(graph: Graph) -> bool:
-    return _why_not_selected(graph) is None
 
 
 def _checked(graph: Graph) -> Graph:
@@ -169,7 +183,7 @@ def _checked(graph: Graph) -> Graph:
 
 def _why_not_selected(graph: Graph) -> str | None:
     weights = [w for node in graph.nodes for w in node.weights.values()]
-    if any(weight.device.type != "cpu" for weight in weights):
+    if any(weight.device.type not in ("cpu", "meta") for weight in weights):
         return "its weights are not on the CPU"
     if any(graph.values[name].dtype is not torch.float32 for name in graph.inputs):
         return "its input is not float32"

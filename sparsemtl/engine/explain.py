@@ -46,6 +46,7 @@ class Explanation:
     rewrites: pass → how much it changed
     where: on which device, in which type and whether as one graph; empty for the CPU executors
     through_torch: operators that torch runs, in order
+    chosen:   where the choices of kernels come from, in words
     """
 
     rows: tuple[Row, ...]
@@ -53,6 +54,7 @@ class Explanation:
     inputs: tuple[tuple[int, ...], ...]
     peak_bytes: int
     where: str = ""
+    chosen: str = ""
 
     @property
     def through_torch(self) -> list[str]:
@@ -70,6 +72,7 @@ class Explanation:
             "rewrites": self.rewrites,
             "peak_bytes": self.peak_bytes,
             "where": self.where,
+            "chosen": self.chosen,
             "through_torch": self.through_torch,
             "layers": rows,
         }
@@ -87,6 +90,7 @@ class Explanation:
                 *lines,
                 f"rewritten  {changed or 'nothing'}",
                 f"memory     {self.peak_bytes / 1e6:.1f} MB for values at most",
+                *([f"choices    {self.chosen}"] if self.chosen else []),
                 f"through torch  {torch_runs}",
             ]
         )
@@ -101,6 +105,7 @@ def explain_plan(plan: Plan, rewrites: dict[str, int]) -> Explanation:
         tuple(graph.shape(name) for name in graph.inputs),
         plan.peak_bytes,
         plan.executor.where,
+        plan.chosen,
     )
 
 

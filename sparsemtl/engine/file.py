@@ -6,8 +6,9 @@ plan.json            {"format", "version", "crc32" of the plan's text, "plan": {
 weights.safetensors  `<number>.values` and perhaps `<number>.index` of each weight (`codec.py`)
 
 A file is material to judge. Reading checks sizes and checksums, then the form, then the parts of
-every weight against its declared shape; then weights are decoded and the graph is held against its
-own rules. No code is in it, and no operator runs that `aten.may_be_saved` does not know.
+every weight against its declared shape; then the graph is held against its own rules. Weights are
+decoded when a plan packs them. No code is in it, and no operator runs that `aten.may_be_saved` does
+not know.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsemtl.engine import aten, codec
+from sparsemtl.engine import aten, codec, saved_choices
+from sparsemtl.engine.deferred import from_coded, values
 from sparsemtl.engine.graph import Graph
 from sparsemtl.engine.plan_json import (
     check_freedom,
@@ -37,7 +39,7 @@ from sparsemtl.engine.plan_json import (
     shape_of,
     to_json,
 )
-from sparsemtl.engine.store import Coded
+from sparsemtl.engine.saved_choices import Choices
 from sparsemtl.errors import EngineFileError
 
 FORMAT, VERSION = "sparsemtl-engine", 1
@@ -64,11 +66,13 @@ def save_graph(
     dtype: str = "float32",
     overwrite: bool = False,
     about: dict[str, Any] | None = None,
+    choices: Choices | None = None,
 ) -> None:
     """Write a graph; a reader finds all of it or nothing.
 
     dtype:  "bfloat16" rounds the values of matrices and kernels, not biases
     about:  plain data to keep with it
+    choices: what was timed, for readers on the same machine
     raises: ValueError for another dtype, an operator that may not be read again, or a folder that
             holds something
     """
@@ -77,6 +81,7 @@ def save_graph(
     check_free(folder, overwrite)
     plan, tensors = _plan_and_tensors(graph, torch.bfloat16 if dtype == "bfloat16" else None)
     plan["about"] = about or {}
+    plan["choices"] = saved_choices.to_json(choices or {})
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         fresh = Path(temporary) / "engine"
@@ -87,6 +92,7 @@ def save_graph(
         crc32 = zlib.crc32(json.dumps(plan, sort_keys=True).encode())
         whole = {"format": FORMAT, "version": VERSION, "crc32": crc32, "plan": plan}
         (fresh / PLAN).write_text(json.dumps(whole, sort_keys=True), encoding="utf-8")
+        (fresh / WEIGHTS).chmod((fresh / PLAN).stat().st_mode)  # safetensors' own is 0600
         for name in (PLAN, WEIGHTS):
             _flush(fresh / name)
         if folder.exists():
@@ -94,8 +100,8 @@ def save_graph(
         fresh.rename(folder)
 
 
-def load_graph(folder: Path) -> tuple[Graph, dict[str, Any], dict[int, Coded]]:
-    """Read and check a folder: the graph, what it is about, and its weights' coding by their id.
+def load_graph(folder: Path) -> tuple[Graph, dict[str, Any], Choices]:
+    """Read and check a folder: the graph, its weights deferred; what it is about; what was timed.
 
     raises: EngineFileError (a ValueError) naming what is wrong; it runs nothing of the graph
     """
@@ -105,18 +111,18 @@ def load_graph(folder: Path) -> tuple[Graph, dict[str, Any], dict[int, Coded]]:
         plan = _read_plan(folder / PLAN)
         _check_weights_file(plan, folder / WEIGHTS)
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            weights = _Weights(plan.get("tensors"), file)
-            graph = from_json(plan, weights)
+            graph = from_json(plan, _Weights(plan.get("tensors"), file))
         _check_operators(graph)
         graph.validate()
         check_freedom(graph)
         if not isinstance(plan.get("about"), dict):
             raise ValueError("Expected 'about' to be an object, got something else")
+        choices = saved_choices.from_json(plan.get("choices", []))
     except (ValueError, SafetensorError, OSError, RecursionError) as error:
         raise EngineFileError(
             f"engine: Expected a sound engine in {folder}, got: {error}"
         ) from error
-    return graph, plan["about"], weights.coded
+    return graph, plan["about"], choices
 
 
 def _plan_and_tensors(
@@ -132,7 +138,7 @@ def _plan_and_tensors(
             return numbers[id(weight)]
         number = numbers[id(weight)] = len(entries)
         rounded = values_dtype if weight.dim() >= 2 else None
-        coding, parts = codec.encode(weight.cpu(), rounded)
+        coding, parts = codec.encode(values(weight).cpu(), rounded)
         for name, part in parts.items():
             tensors[f"{number}.{name}"] = part.clone()  # one file entry each, nothing shared
         entry = {"coding": coding, "dtype": dtype_name(weight.dtype), "parts": sorted(parts)}
@@ -209,14 +215,13 @@ def _check_operators(graph: Graph) -> None:
 
 
 class _Weights:
-    """Number → weight. Every entry is held against the file before the first is decoded."""
+    """Number → weight. Every entry is held against the file before the first is read."""
 
     def __init__(self, entries: Any, file: Any) -> None:
         if not isinstance(entries, list):
             raise ValueError(f"Expected a list of tensors, got {type(entries).__name__}")
         self._file = file
         self._known: dict[int, Tensor] = {}
-        self.coded: dict[int, Coded] = {}
         names = set(file.keys())
         self._entries = [
             self._checked(number, entry, names) for number, entry in enumerate(entries)
@@ -261,8 +266,7 @@ class _Weights:
             integer(number, "the number of a weight", 0, len(self._entries) - 1)
             shape, coding, parts, was = self._entries[number]
             read = {part: self._file.get_tensor(f"{number}.{part}") for part in parts}
-            weight = self._known[number] = codec.decode(coding, shape, read, was)
-            self.coded[id(weight)] = (coding, read)
+            self._known[number] = from_coded(coding, shape, read, was)
         return self._known[number]
 
 

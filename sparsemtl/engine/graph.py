@@ -66,6 +66,10 @@ class Node:
     def copy(self) -> Node:
         return replace(self, attrs=dict(self.attrs), weights=dict(self.weights))
 
+    def bare(self) -> Node:
+        """A copy without weights, for who has them in another form."""
+        return replace(self, attrs=dict(self.attrs), weights={})
+
 
 @dataclass(frozen=True)
 class Freedom:
@@ -104,6 +108,10 @@ class Graph:
             dict(self.outputs),
             self.freedom,
         )
+
+    def bare(self) -> Graph:
+        """A copy without weights."""
+        return replace(self.copy(), nodes=[node.bare() for node in self.nodes])
 
     @property
     def producers(self) -> dict[str, Node]:

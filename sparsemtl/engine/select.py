@@ -12,116 +12,30 @@ whole in torch.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from sparsemtl.engine.choices import known_times, remember_times
-from sparsemtl.engine.executors.dense import Call, DenseExecutor, dense_call
-from sparsemtl.engine.executors.forms import MODES, Form, default_form, geometry_of
+from sparsemtl.engine.deferred import density
+from sparsemtl.engine.executors.dense import DenseExecutor
+from sparsemtl.engine.executors.forms import Form, default_form
 from sparsemtl.engine.executors.native import NativeExecutor, packable, prepared
 from sparsemtl.engine.executors.support import why_not
-from sparsemtl.engine.graph import Graph, Node, Value
-from sparsemtl.engine.pack import PackedWeight, density, pack_weight, structures_of
+from sparsemtl.engine.graph import Graph, Node
+from sparsemtl.engine.pack import structures_of
+from sparsemtl.engine.selection import DENSE, LayerChoice, Selection, form_name, parse_form
+from sparsemtl.engine.time_layer import packed, regions_of, time_layer
 from sparsemtl.errors import unknown_choice
 from sparsemtl.ops.availability import native_module, why_not_native
 from sparsemtl.sparsity.choice import density_bucket
 from sparsemtl.timing import interleave
 
 SELECT = ("measured", "sparse", "dense")
-DENSE = "dense"
-ROUNDS, BUDGET = 5, 0.5  # timed rounds of a layer, and seconds after which no further one begins
-WIDTHS = (1, 2, 3, 4, 6, 8, 12)  # registers of pixels in a tile, see cpu/sparse_conv2d.inc.h
 _MOSTLY_LIVE = 0.6  # share of live weights from which on rows gain by sharing their loads
 _LITTLE_FILL = 1.1
-_HOPELESS = 1.4
 MARGIN = 0.95  # another candidate than the default must be this much faster
-
-
-@dataclass(frozen=True)
-class LayerChoice:
-    """What one layer runs on and why.
-
-    density:    share of weights that are not zero
-    candidates: name → seconds, measured alone; empty where nothing was measured
-    choice:     one of them: "dense", or "structure/mode/vectors" of a sparse form
-    """
-
-    layer: str
-    density: float
-    candidates: dict[str, float]
-    choice: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Choices by layer, and whether torch runs the whole graph.
-
-    apart: convolutions of one input and geometry that are faster each by itself
-    """
-
-    layers: dict[str, LayerChoice] = field(default_factory=dict)
-    whole: str = "native"
-    apart: tuple[str, ...] = ()
-
-    def state(self) -> dict[str, Any]:
-        """As plain data for a file."""
-        return {
-            "whole": self.whole,
-            "apart": list(self.apart),
-            "layers": {
-                name: [c.layer, c.density, c.candidates, c.choice, c.reason]
-                for name, c in self.layers.items()
-            },
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Selection:
-        """raises: ValueError for what `state` never wrote."""
-        try:
-            layers = {
-                str(name): LayerChoice(
-                    str(c[0]),
-                    float(c[1]),
-                    {str(k): float(v) for k, v in c[2].items()},
-                    str(c[3]),
-                    str(c[4]),
-                )
-                for name, c in state["layers"].items()
-            }
-            whole, apart = state["whole"], tuple(str(name) for name in state["apart"])
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"Selection: Expected layers, apart and whole, got {error!r}"
-            ) from error
-        if whole not in ("native", DENSE):
-            raise ValueError(f"Selection: {unknown_choice('whole', whole, ('native', DENSE))}")
-        for choice in layers.values():
-            parse_form(choice.choice)
-        return cls(layers, whole, apart)
-
-
-def parse_form(name: str) -> tuple[str, str, int] | None:
-    """Structure, mode and vectors of a form's name; None for "dense".
-
-    raises: ValueError for another name
-    """
-    if name == DENSE:
-        return None
-    parts = name.split("/")
-    good = len(parts) == 3 and parts[1] in MODES and parts[2] in {str(w) for w in WIDTHS}
-    if not good or parts[0] not in ("element", "vector(4)", "vector(8)", "vector(16)"):
-        raise ValueError(f"Selection: Expected structure/mode/vectors, got {name!r}")
-    return parts[0], parts[1], int(parts[2])
-
-
-def form_name(form: Form) -> str:
-    return f"{form.weight.structure}/{form.mode}/{form.vectors}"
 
 
 def executor_of(graph: Graph, selection: Selection) -> NativeExecutor | DenseExecutor:
@@ -132,9 +46,10 @@ def executor_of(graph: Graph, selection: Selection) -> NativeExecutor | DenseExe
     forms = {}
     for node in merged.nodes:
         choice = selection.layers.get(node.name)
-        if choice is None or choice.choice == DENSE or why_not(node, merged) is not None:
+        if choice is None or choice.choice == DENSE or not _selectable(node, merged):
             continue
         forms[node.name] = _form_of(node, merged, choice.choice)
+        forms[node.name].settle(node, merged)
     return NativeExecutor(merged, forms)
 
 
@@ -152,7 +67,7 @@ def select(graph: Graph, mode: str = "measured") -> Selection:
     merged, apart = prepared(graph), set[str]()
     layers = {}
     for node in merged.nodes:
-        if not packable(node, merged) or why_not(node, merged) is not None:
+        if not _selectable(node, merged):
             continue
         layers[node.name] = choose(node, merged)
         if mode == "measured" and len(node.outputs) > 1:
@@ -163,6 +78,18 @@ def select(graph: Graph, mode: str = "measured") -> Selection:
                 apart.update(alone)
     selection = Selection(layers, DENSE if mode == "dense" else "native", tuple(sorted(apart)))
     return _weigh(graph, selection) if mode == "measured" and layers else selection
+
+
+def fits(selection: Selection, graph: Graph) -> bool:
+    """Whether a selection from a file chooses for all layers of this graph."""
+    if selection.whole == DENSE or why_not_native() is not None:
+        return selection.whole == DENSE
+    merged = prepared(graph, selection.apart)
+    return all(node.name in selection.layers for node in merged.nodes if _selectable(node, merged))
+
+
+def _selectable(node: Node, graph: Graph) -> bool:
+    return packable(node, graph) and why_not(node, graph) is None
 
 
 def _seconds(choice: LayerChoice) -> float:
@@ -181,7 +108,7 @@ def _sparse(node: Node, graph: Graph) -> LayerChoice:
 
 def _default(node: Node, graph: Graph) -> Form:
     structures = _structures(node, density(node.weights["weight"]))
-    return default_form(node, graph, _packed(node, _unmeasured(structures)))
+    return default_form(node, graph, packed(node, _unmeasured(structures)))
 
 
 def _structures(node: Node, share: float) -> dict[str, float]:
@@ -199,34 +126,14 @@ def _unmeasured(structures: Mapping[str, float]) -> str:
     return fitting[-1] if fitting else next(iter(structures))
 
 
-def _packed(node: Node, structure: str) -> PackedWeight:
-    groups = int(node.attrs.get("groups", 1))  # type: ignore[arg-type]
-    return pack_weight(node.weights["weight"], groups, structure)
-
-
 def _form_of(node: Node, graph: Graph, name: str) -> Form:
     parsed = parse_form(name)
     assert parsed is not None
     structure, mode, vectors = parsed
-    form = default_form(node, graph, _packed(node, structure))
+    form = default_form(node, graph, packed(node, structure))
     if native_module().isa() == "generic":
         vectors = form.vectors  # one width is all it has; a choice may come from another machine
-    return Form(form.weight, mode, vectors, mode == "table" and _regions(form, node, graph))
-
-
-def _regions(form: Form, node: Node, graph: Graph) -> bool:
-    """As the default form has it, or would have it in table mode."""
-    return form.regions if form.mode == "table" else regions_pay(node, graph)
-
-
-def regions_pay(node: Node, graph: Graph) -> bool:
-    """Whether ordering pixels by their taps would let tiles skip taps on padding."""
-    if node.op != "conv2d":
-        return False
-    g = geometry_of(node)
-    size = graph.shape(node.inputs[0])[2:]
-    reach = [d * (k - 1) for d, k in zip(g.dilation, g.kernel, strict=True)]
-    return g.stride == (1, 1) and any(4 * r > n for r, n in zip(reach, size, strict=True))
+    return Form(form.weight, mode, vectors, mode == "table" and regions_of(form, node, graph))
 
 
 def _measure(node: Node, graph: Graph) -> LayerChoice:
@@ -237,7 +144,7 @@ def _measure(node: Node, graph: Graph) -> LayerChoice:
     key = _key(node, graph, share, structures)
     times = known_times(key)
     if times is None:
-        times = remember_times(key, _time(node, graph, list(structures)))
+        times = remember_times(key, time_layer(node, graph, list(structures)))
     dense, sparse = times[DENSE], {k: t for k, t in times.items() if k != DENSE}
     first = next(iter(sparse))
     best = min(sparse, key=lambda name: sparse[name])
@@ -257,84 +164,6 @@ def _key(node: Node, graph: Graph, share: float, structures: Mapping[str, float]
     where = f"{bucket}" if bucket is not None else f"dense {math.ceil(share * 10)}"
     kinds = {name: math.ceil(4 * fill) / 4 for name, fill in structures.items()}
     return f"{node.op} {shapes} {list(node.weights['weight'].shape)} {geometry} {where} {kinds}"
-
-
-def _time(node: Node, graph: Graph, structures: list[str]) -> dict[str, float]:
-    """Best seconds of each candidate, which take turns; the default first, dense last."""
-    alone = _alone(node, graph)
-    inputs = [torch.randn(alone.shape(name)) for name in alone.inputs]
-    calls: dict[str, Callable[[], float]] = {}
-    for form in _candidates(node, alone, structures):
-        calls[form_name(form)] = _native_seconds(NativeExecutor(alone, {node.name: form}), inputs)
-    calls[DENSE] = _dense_seconds(dense_call(node, alone), inputs)
-    best = dict.fromkeys(calls, math.inf)
-    begin = time.perf_counter()
-    for turn in range(1 + ROUNDS):
-        if turn > 1 and time.perf_counter() - begin > BUDGET:
-            break
-        for name, call in calls.items():
-            seconds = call()
-            if turn > 0:  # the first is for caches and pages
-                best[name] = min(best[name], seconds)
-        if turn == 2:  # the hopeless take no more time
-            limit = _HOPELESS * min(best.values())
-            calls = {name: call for name, call in calls.items() if best[name] <= limit}
-    return best
-
-
-def _native_seconds(executor: NativeExecutor, inputs: list[Tensor]) -> Callable[[], float]:
-    """Its steps, but for the copies that only a layer by itself needs."""
-
-    def run() -> float:
-        steps = executor.profile(*inputs)
-        return sum(step.seconds for step in steps if step.what not in ("pad", "output"))
-
-    return run
-
-
-def _dense_seconds(call: Call, inputs: list[Tensor]) -> Callable[[], float]:
-    """Conversions between torch's order of a tensor and ours included."""
-
-    def run() -> float:
-        begin = time.perf_counter()
-        with torch.inference_mode():
-            for y in call(*inputs):
-                y.contiguous()
-        return time.perf_counter() - begin
-
-    return run
-
-
-def _alone(node: Node, graph: Graph) -> Graph:
-    """A graph of this node only."""
-    values: dict[str, Value] = {name: graph.values[name] for name in node.inputs}
-    values |= {name: graph.values[name] for name in node.outputs}
-    outputs = {f"y{i}": name for i, name in enumerate(node.outputs)}
-    return Graph([node], values, tuple(dict.fromkeys(node.inputs)), outputs)
-
-
-def _candidates(node: Node, graph: Graph, structures: list[str]) -> list[Form]:
-    """Forms worth timing, the default first."""
-    found: dict[str, Form] = {}
-    for structure in structures:
-        form = default_form(node, graph, _packed(node, structure))
-        found.setdefault(form_name(form), form)
-        others = ("table", "linear", "direct") if node.op == "conv2d" else ("table",)
-        for mode in (form.mode, *(m for m in others if m != form.mode)):
-            regions = mode == "table" and _regions(form, node, graph)
-            for width in _widths(form, mode):
-                other = Form(form.weight, mode, width, regions)
-                found.setdefault(form_name(other), other)
-    return list(found.values())
-
-
-def _widths(form: Form, mode: str) -> tuple[int, ...]:
-    """Vectors of pixels worth trying: few keep a panel in the L1 cache, many repay its copies."""
-    if form.weight.vector > 1 or native_module().isa() == "generic":
-        return (form.vectors,)
-    if mode == "direct":
-        return (8, 12)
-    return (4, 6, 8) if mode == form.mode else (4, 8)
 
 
 def _weigh(graph: Graph, selection: Selection) -> Selection:

@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Hashable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -262,6 +263,28 @@ class Pattern:
             packed.refresh(self._dense)
         self._fresh.add(name)
         return packed
+
+
+def live_vectors(weight: Tensor, groups: int, vector: int) -> tuple[int, int]:
+    """How many vectors of output channels have a nonzero, and how many last ones of a group.
+
+    weight: [K, C / groups, kh, kw] float32, contiguous, on the CPU   vector: channels of a vector
+    """
+    rows, channels, kh, kw = weight.shape
+    if why_not_native() is not None or weight.numel() == 0:
+        mask = live_mask(weight, groups, vector).reshape(groups, -(-(rows // groups) // vector), -1)
+        return int(mask.sum()), int(mask[:, -1:].sum())
+    vectors, words = -(-(rows // groups) // vector), -(-(channels * kh * kw) // 64)
+    bits = torch.empty(groups, vectors, words, dtype=torch.int64)
+    count = native_module().pattern_bits(
+        [groups, rows, channels, kh * kw, vector, False, False],
+        weight.data_ptr(),
+        0,
+        bits.data_ptr(),
+        torch.get_num_threads(),
+    )
+    last = np.unpackbits(bits[:, -1].contiguous().numpy().view(np.uint8))
+    return count, int(last.sum())
 
 
 def live_mask(source: Tensor, groups: int, vector: int) -> Tensor:

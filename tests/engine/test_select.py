@@ -7,13 +7,15 @@ import json
 import pytest
 import torch
 
-from sparsemtl.engine import choices, select
+from sparsemtl.engine import choices, select, time_layer
 from sparsemtl.engine.executors.dense import DenseExecutor
 from sparsemtl.engine.executors.forms import Form
 from sparsemtl.engine.executors.native import NativeExecutor
 from sparsemtl.engine.executors.torch import TorchExecutor
-from sparsemtl.engine.pack import density, pack_weight, structures_of
-from sparsemtl.engine.select import LayerChoice, Selection, executor_of, parse_form
+from sparsemtl.engine.deferred import density
+from sparsemtl.engine.pack import pack_weight, structures_of
+from sparsemtl.engine.select import executor_of
+from sparsemtl.engine.selection import LayerChoice, Selection, parse_form
 from sparsemtl.ops.availability import why_not_native
 from tests.engine.native_graphs import Maker, assert_near
 
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.skipif(why_not_native() is not None, reason="needs the 
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEMTL_CACHE", str(tmp_path))
     monkeypatch.setattr(choices, "_known", {})
-    monkeypatch.setattr(select, "ROUNDS", 2)
+    monkeypatch.setattr(time_layer, "ROUNDS", 2)
 
 
 def small(sparsity: float = 0.9) -> tuple[Maker, str]:
@@ -70,7 +72,7 @@ def test_what_is_measured_is_remembered_by_shape_and_density(monkeypatch):
         raise AssertionError("measured again")
 
     monkeypatch.setattr(choices, "_known", {})
-    monkeypatch.setattr(select, "_time", refuse)
+    monkeypatch.setattr(select, "time_layer", refuse)
     again = select.select(graph)
     assert {n: c.choice for n, c in again.layers.items()} == {
         n: c.choice for n, c in first.layers.items()
@@ -94,7 +96,7 @@ def test_convolutions_stay_apart_where_that_is_faster(monkeypatch):
 
         monkeypatch.setattr(select, "known_times", lambda key: None)
         monkeypatch.setattr(select, "remember_times", lambda key, found: found)
-        monkeypatch.setattr(select, "_time", times)
+        monkeypatch.setattr(select, "time_layer", times)
         selection = select.select(graph)
         assert selection.apart == apart
         assert ("conv2d_4" in selection.layers) == bool(apart)
@@ -198,11 +200,11 @@ def test_rows_are_shared_out_where_pixels_are_few():
     form = Form(pack_weight(weight), "table", 4, False)
     assert form.parts(1, 64 * 64) == 1
     assert form.parts(1, 1) == 8  # 64 nonzeros per column, of which each part needs eight
-    sizes, arrays = form.weight.packed(parts=4)
-    assert sizes[0] == 4
-    assert arrays[0][:, 4].tolist() == [0, 0, 0, 0]
-    assert arrays[0][:, 2].tolist() == [0, 16, 32, 48]
-    assert sizes[2] == weight.numel()
+    lists = form.weight.lists(parts=4)
+    assert lists.sizes[0] == 4
+    assert lists.arrays[0][:, 4].tolist() == [0, 0, 0, 0]
+    assert lists.arrays[0][:, 2].tolist() == [0, 16, 32, 48]
+    assert lists.sizes[2] == weight.numel()
 
 
 def test_without_measuring_the_zeros_decide_the_structure():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsemtl.engine.deferred import with_values
 from sparsemtl.engine.executors.torch import last_reads
 from sparsemtl.engine.graph import Graph, Node
 from sparsemtl.engine.ops import activate, compute
@@ -26,6 +27,7 @@ Call = Callable[..., "tuple[Tensor, ...]"]
 
 def dense_call(node: Node, graph: Graph) -> Call:
     """The fastest way that torch has to run a node of a graph."""
+    node = with_values(node)
     shape = graph.shape(node.inputs[0]) if node.inputs else ()
     if node.op == "conv2d" and _prepackable(node, shape):
         call = _convolution(node, shape)
@@ -88,9 +90,11 @@ class DenseExecutor:
     name = "dense"
 
     def __init__(self, graph: Graph, only: tuple[Node, ...] | None = None) -> None:
-        self.graph = graph
-        self.nodes = tuple(graph.nodes) if only is None else only
-        self._calls: dict[str, Call] = {node.name: dense_call(node, graph) for node in self.nodes}
+        nodes = tuple(graph.nodes) if only is None else only
+        self._calls: dict[str, Call] = {node.name: dense_call(node, graph) for node in nodes}
+        # A prepacked weight is not kept twice; other weights their calls hold.
+        self.graph = graph.bare()
+        self.nodes = tuple(node.bare() for node in nodes)
         self._drop_after: Mapping[str, tuple[str, ...]] = {} if only else last_reads(graph)
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from sparsemtl.engine.executors.torch import last_reads
 from sparsemtl.engine.graph import Graph, Node, Value
 from sparsemtl.engine.liveness import peak_bytes
 from sparsemtl.engine.ops import compute
-from sparsemtl.engine.store import without_weights
+from sparsemtl.engine.deferred import without_weights
 from sparsemtl.engine.target import Target
 from sparsemtl.ops.availability import launch_errors
 

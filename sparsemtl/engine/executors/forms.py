@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from sparsemtl.engine.graph import Graph, Node
@@ -42,6 +43,11 @@ class Form:
         """Whether zeros must stand around the input."""
         return self.mode != "table"
 
+    @property
+    def whole(self) -> bool:
+        """Whether kernels want all of an output channel's nonzeros together."""
+        return self.mode == "direct"
+
     def parts(self, batch: int, pixels: int) -> int:
         """Into how many parts output channels are cut, for maps too small to keep threads busy.
 
@@ -59,6 +65,18 @@ class Form:
         ):
             parts *= 2
         return parts
+
+    def settle(self, node: Node, graph: Graph) -> None:
+        """Pack the weight for this node and let go of it as it was."""
+        batch, pixels = _batch_and_pixels(node, graph)
+        self.weight.settle(whole=self.whole, parts=self.parts(batch, pixels))
+
+
+def _batch_and_pixels(node: Node, graph: Graph) -> tuple[int, int]:
+    shape = graph.shape(node.outputs[0])
+    if node.op == "linear":
+        return 1, prod(shape[:-1])
+    return shape[0], shape[2] * shape[3]
 
 
 def geometry_of(node: Node) -> Geometry:
@@ -97,10 +115,7 @@ def default_form(node: Node, graph: Graph, weight: PackedWeight) -> Form:
 
 
 def _plan_linear(node: Node, graph: Graph, weight: PackedWeight) -> int:
-    shape = graph.shape(node.inputs[0])
-    pixels = 1
-    for size in shape[:-1]:
-        pixels *= size
+    shape, (_, pixels) = graph.shape(node.inputs[0]), _batch_and_pixels(node, graph)
     out, per_column = (weight.shape[0], 1, pixels), weight.per_column
     plan = plan_pass(
         "forward", ((0, 0, 0),), (1, 1), (1, shape[-1], 1, pixels), out, 1, per_column,

@@ -7,7 +7,7 @@ the residual, and what a padded convolution reads stands between zeros already.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -39,6 +39,10 @@ class Segment:
     nodes: tuple[Node, ...]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+
+    def bare(self) -> Segment:
+        """Without weights."""
+        return replace(self, nodes=tuple(node.bare() for node in self.nodes))
 
 
 class Homes:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from sparsemtl.engine.deferred import joined
 from sparsemtl.engine.graph import Graph, Node
 
 # Output channels whose sums, of four vectors of pixels each, stay in a core's L2 cache of 1 MiB.
@@ -79,7 +80,7 @@ def _merged(members: list[Node]) -> Node:
     first = members[0].copy()
     first.outputs = tuple(node.output for node in members)
     weights = [node.weights["weight"] for node in members]
-    first.weights = {"weight": torch.cat(weights)}
+    first.weights = {"weight": joined(weights)}
     if any("bias" in node.weights for node in members):
         zeros = [torch.zeros(weight.shape[0]) for weight in weights]
         biases = [n.weights.get("bias", zero) for n, zero in zip(members, zeros, strict=True)]

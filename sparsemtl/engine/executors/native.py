@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsemtl.engine.deferred import density
 from sparsemtl.engine.executors.dense import DenseExecutor
 from sparsemtl.engine.executors.forms import Form, default_form
 from sparsemtl.engine.executors.homes import Segment
@@ -17,7 +18,7 @@ from sparsemtl.engine.executors.merge import merge_parallel
 from sparsemtl.engine.executors.steps import lower
 from sparsemtl.engine.executors.support import why_not
 from sparsemtl.engine.graph import Graph, Node
-from sparsemtl.engine.pack import density, pack_weight
+from sparsemtl.engine.pack import pack_weight
 from sparsemtl.ops.availability import native_module
 
 # Denser convolutions have arithmetic enough to hide what gathering their input costs.
@@ -83,13 +84,12 @@ class NativeExecutor:
     name = "native"
 
     def __init__(self, graph: Graph, forms: Mapping[str, Form]) -> None:
-        self.graph = graph
         self._torch: list[DenseExecutor | None] = []
-        self.segments = _segments(graph, forms)
-        self._drop = _last_reads(graph, self.segments)
+        segments = _segments(graph, forms)
+        self._drop = _last_reads(graph, segments)
         self._programs: list[Any] = []
         self._labels: list[list[tuple[str, str]]] = []
-        for is_native, segment in self.segments:
+        for is_native, segment in segments:
             if not is_native:
                 self._torch.append(DenseExecutor(graph, segment.nodes))
                 self._programs.append(None)
@@ -100,7 +100,9 @@ class NativeExecutor:
             program = native_module().EngineProgram(lowered.arena, lowered.externals, lowered.steps)
             self._programs.append(program)
             self._labels.append(lowered.labels)
-        self.graph = _without_weights(graph)  # they are packed
+        # Weights are packed, or torch's, by now.
+        self.segments = [(is_native, segment.bare()) for is_native, segment in segments]
+        self.graph = graph.bare()
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
         """The graph's outputs.   inputs: as the graph declares them"""
@@ -152,13 +154,6 @@ class NativeExecutor:
             labelled = zip(self._labels[i], seconds, strict=True)
             times += [StepTime(node, what, s) for (node, what), s in labelled]
         values.update(zip(segment.writes, writes, strict=True))
-
-
-def _without_weights(graph: Graph) -> Graph:
-    bare = graph.copy()
-    for node in bare.nodes:
-        node.weights = {}
-    return bare
 
 
 def _segments(graph: Graph, forms: Mapping[str, Form]) -> list[tuple[bool, Segment]]:

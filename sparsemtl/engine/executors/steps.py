@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparsemtl.engine.deferred import values
 from sparsemtl.engine.executors import windows
 from sparsemtl.engine.executors.buffers import View, contiguous, place
 from sparsemtl.engine.executors.forms import MODES, Form, Reads, geometry_of, reads_of
@@ -150,13 +151,13 @@ class _Lowering:
             act = 0  # after the residual, which comes later
         batch, _, height, width = y.shape
         parts = form.parts(batch, height * width)
-        sizes, arrays = form.weight.packed(whole=form.mode == "direct", parts=parts)
-        arrays = [taps, *arrays]
+        lists = form.weight.lists(whole=form.whole, parts=parts)
+        arrays = [taps, *lists.arrays]
         if bias is not None:
             arrays.append(bias.detach().contiguous().numpy())
         setting = [phases, form.weight.groups, MODES[form.mode], form.vectors, form.regions, act]
         flags = [len(residual) > 0, bias is not None]
-        numbers = [float(n) for n in (*flags, *setting, *sizes)]
+        numbers = [float(n) for n in (*flags, *setting, *lists.sizes)]
 
         def build() -> NativeStep:
             views = [home.view().numbers for home in (source, y, *residual)]
@@ -202,7 +203,7 @@ class _Lowering:
         shifts = [
             ((phase + reads.phases[0]) * height + dy) * pitch + dx for phase, dy, dx in reads.taps
         ]
-        weight = node.weights["weight"].detach().reshape(y.shape[1], -1).numpy()
+        weight = values(node.weights["weight"]).detach().reshape(y.shape[1], -1).numpy()
         bias = node.weights.get("bias")
         arrays = _taps_of(weight, np.array(shifts, dtype=np.int32))
         if bias is not None:

@@ -7,6 +7,7 @@ zero. Depends on the map's size, so it is done for each plan.
 
 from __future__ import annotations
 
+from sparsemtl.engine.deferred import cut
 from sparsemtl.engine.graph import Graph, Node
 
 
@@ -27,7 +28,8 @@ def _trim(node: Node, graph: Graph) -> int:
         return 0
     (top, bottom), (left, right) = ends
     rows, columns = weight.shape[2:]
-    kept = weight[:, :, top : rows - bottom, left : columns - right].contiguous()
+    every = slice(None)
+    kept = cut(weight, (every, every, slice(top, rows - bottom), slice(left, columns - right)))
     padding, dilation = node.attrs["padding"], node.attrs["dilation"]
     # What is cut in front moves the first tap by so many dilations; as much is cut behind.
     node.attrs["padding"] = (padding[0] - top * dilation[0], padding[1] - left * dilation[1])
