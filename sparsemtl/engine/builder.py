@@ -7,7 +7,7 @@ weight standardised or masked in the forward pass.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -311,15 +311,19 @@ def _by_name(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[s
 
 
 def _tasks(tree: Any) -> dict[str, Any]:
-    """Task → what the model returned for it; nested dicts are joined by dots."""
+    """Task → what the model returned for it; what is nested is joined by dots."""
+    if not isinstance(tree, dict | list | tuple):
+        return {"output": tree}
+    return dict(_named("", tree))
+
+
+def _named(prefix: str, tree: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(tree, dict):
-        found = {}
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                found.update({f"{key}.{inner}": v for inner, v in _tasks(value).items()})
-            else:
-                found[str(key)] = value
-        return found
-    if isinstance(tree, list | tuple):
-        return {f"output{place}": value for place, value in enumerate(tree)}
-    return {"output": tree}
+        items = [(str(key), value) for key, value in tree.items()]
+    elif isinstance(tree, list | tuple):
+        items = [(f"{place}" if prefix else f"output{place}", v) for place, v in enumerate(tree)]
+    else:
+        yield prefix, tree
+        return
+    for name, value in items:
+        yield from _named(f"{prefix}.{name}" if prefix else name, value)

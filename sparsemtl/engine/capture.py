@@ -7,6 +7,8 @@ captured so is captured for the example's sizes alone.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 import io
 import logging
@@ -40,14 +42,15 @@ _NO_LIMIT = 1 << 31
 def capture(model: nn.Module, example: Sequence[Tensor]) -> Graph:
     """The graph of a model in evaluation mode; the model is left as it was.
 
-    model:   returns a dict of task → tensor; also one tensor (task "output"), or several
-             (tasks "output0", "output1", ...)
+    model:   returns a dict of task → tensor; also one tensor (task "output"), several (tasks
+             "output0", "output1", ...), or a dataclass or named tuple, by its fields; names of what
+             is nested are joined by dots
     example: its positional inputs, of the dtype and on the device that it will be used with
     raises:  CaptureError (a ValueError) for control flow that depends on values, naming the line;
              what the model itself raises for an input that it does not take
     """
     inputs = tuple(example)
-    with inference(model), warnings.catch_warnings():
+    with inference(model), _plain_outputs(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about its own deprecated parts
         exported = _export(model, inputs)
         freedom = _freedom(exported, inputs)
@@ -154,6 +157,36 @@ def inference(model: nn.Module) -> Iterator[None]:
             module.training = training
             if inplace is True:
                 module.inplace = True  # type: ignore[assignment]
+
+
+@contextmanager
+def _plain_outputs(model: nn.Module) -> Iterator[None]:
+    """Let the model return dicts in place of dataclasses and named tuples, unknown to torch."""
+    forward, own = model.forward, "forward" in vars(model)
+
+    @functools.wraps(forward)
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        return _plain(forward(*args, **kwargs))
+
+    model.forward = plain
+    try:
+        yield
+    finally:
+        if own:
+            model.forward = forward
+        else:
+            del model.forward
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {name: _plain(part) for name, part in fields.items() if part is not None}
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return _plain(value._asdict())
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 @contextmanager

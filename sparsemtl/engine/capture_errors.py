@@ -42,7 +42,8 @@ def cannot_export(error: BaseException) -> CaptureError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return CaptureError(
         f"compile: Expected a model that torch.export can capture, got «{reason}» at "
-        f"{_place(_own_frame(error))}"
+        f"{_place(_own_frame(error))}. Rewrite that line with torch operations on tensors of fixed "
+        "rank, or compile the part before and the part after it"
     )
 
 

@@ -168,7 +168,8 @@ def _read_plan(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     if size > MOST_PLAN_BYTES:
         raise ValueError(f"Expected {PLAN} of at most {MOST_PLAN_BYTES} bytes, got {size}")
-    whole = json.loads(path.read_bytes(), parse_constant=_no_constant)
+    text = path.read_bytes()
+    whole = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
     if not isinstance(whole, dict) or whole.get("format") != FORMAT:
         raise ValueError(f"Expected format {FORMAT!r} in {PLAN}, got another file")
     if whole.get("version") != VERSION:
@@ -182,6 +183,16 @@ def _read_plan(path: Path) -> dict[str, Any]:
     if zlib.crc32(json.dumps(plan, sort_keys=True).encode()) != whole.get("crc32"):
         raise ValueError(f"Expected the checksum of {PLAN}, got another: it was changed")
     return plan
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names differ: readers disagree on which of two counts."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"Expected each name once in an object of {PLAN}, got {twice!r:.40} twice")
+    return found
 
 
 def _no_constant(name: str) -> float:

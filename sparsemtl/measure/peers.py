@@ -168,13 +168,26 @@ def _load_onnxruntime(path: Path, x: Tensor) -> Predict:
 
 
 def _load_openvino(path: Path, x: Tensor) -> Predict:
+    return _openvino(path, "f32")
+
+
+def _load_openvino_bf16(path: Path, x: Tensor) -> Predict:
+    return _openvino(path, "bf16")
+
+
+def _openvino(path: Path, precision: str) -> Predict:
     openvino = _need("openvino", "openvino")
     options = {
-        "INFERENCE_PRECISION_HINT": "f32",  # its default may be bf16
+        "INFERENCE_PRECISION_HINT": precision,  # left open, it depends on the processor
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled = openvino.Core().compile_model(str(path / "model.onnx"), "CPU", options)
+    core = openvino.Core()
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise PeerMissing(
+            "OpenVINO computes in bfloat16 on processors with AVX512_BF16 or AMX only"
+        )
+    compiled = core.compile_model(str(path / "model.onnx"), "CPU", options)
     request = compiled.create_infer_request()
     names = [output.get_any_name() for output in compiled.outputs]
 
@@ -211,5 +224,6 @@ PEERS = {
         Peer("torch-compile-graph-bf16", _save_bf16, _load_compiled_graph, ("cuda",)),
         Peer("onnxruntime", _save_onnx, _load_onnxruntime),
         Peer("openvino", _save_for_openvino, _load_openvino),
+        Peer("openvino-bf16", _save_for_openvino, _load_openvino_bf16),
     )
 }

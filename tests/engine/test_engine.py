@@ -171,7 +171,9 @@ def test_a_plan_for_each_size_and_no_more_than_asked_for():
 def test_an_engine_keeps_the_weights_coded_between_plans():
     model = randomise(build_model(ModelConfig(width=0.15), {"depth": 1}), 0.9)
     engine = sparsemtl.compile(model, (1, 3, 33, 33), executor="sparse")
-    assert all(w.is_meta for node in engine.graph.nodes for w in node.weights.values() if w.dim() > 1)
+    assert all(
+        w.is_meta for node in engine.graph.nodes for w in node.weights.values() if w.dim() > 1
+    )
     for is_native, segment in engine.plan((1, 3, 33, 33)).executor._run.segments:
         assert is_native
         assert not any(node.weights for node in segment.nodes)

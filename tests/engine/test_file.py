@@ -232,8 +232,9 @@ def test_other_damage_is_refused(folder, tmp_path):
         Engine.load(folder, executor="torch")
 
 
-def test_mutated_folders_are_refused_or_run():
-    outcomes = fuzz(120, seed=1)
+@pytest.mark.parametrize("executor", ["torch", "auto"])
+def test_mutated_folders_are_refused_or_run(executor):
+    outcomes = fuzz(120, seed=1, executor=executor)
     assert sum(outcomes.values()) == 120
     assert outcomes["refused at load"] > 60
-    assert outcomes["runs"] > 5, "mutations that change nothing essential must still run"
+    assert outcomes["runs"] + outcomes["runs, and right"] > 5, "what changes nothing must still run"

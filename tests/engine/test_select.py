@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from sparsemtl.engine import choices, select, time_layer
+from sparsemtl.engine.deferred import density
 from sparsemtl.engine.executors.dense import DenseExecutor
 from sparsemtl.engine.executors.forms import Form
 from sparsemtl.engine.executors.native import NativeExecutor
 from sparsemtl.engine.executors.torch import TorchExecutor
-from sparsemtl.engine.deferred import density
 from sparsemtl.engine.pack import pack_weight, structures_of
 from sparsemtl.engine.select import executor_of
 from sparsemtl.engine.selection import LayerChoice, Selection, parse_form
