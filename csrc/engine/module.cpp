@@ -66,6 +66,14 @@ struct Given {  // one step, as it came; numbers, views and arrays are taken fro
   const T* optional(bool there, int64_t least) {
     return there ? array<T>(least) : nullptr;
   }
+  template <typename S>
+  void in_out(S& s) {
+    s.x = view();
+    s.y = view();
+  }
+  void integers(std::initializer_list<int64_t*> all) {
+    for (int64_t* n : all) *n = integer();
+  }
   void end() const {
     if (next_view != views.size() || next_number != numbers.size() || next_array != arrays.size()) {
       refuse("no more than it takes");
@@ -81,8 +89,7 @@ const T* records(Given& g, int64_t* size) {  // structs of U, handed over as row
 
 Step read_conv(Given& g) {
   ConvStep s{};
-  s.x = g.view();
-  s.y = g.view();
+  g.in_out(s);
   s.has_residual = g.integer() != 0;
   if (s.has_residual) s.residual = g.view();
   const bool has_bias = g.integer() != 0;
@@ -102,11 +109,8 @@ Step read_conv(Given& g) {
   s.arguments.regions = g.integer() != 0;
   s.arguments.threads = 1;
   s.act = g.small();
-  s.list.n_parts = g.integer();
-  s.list.n_blocks = g.integer();
-  s.list.n_nonzeros = g.integer();
-  s.list.vector = g.integer();
-  s.widest_block = g.integer();
+  g.integers(
+      {&s.list.n_parts, &s.list.n_blocks, &s.list.n_nonzeros, &s.list.vector, &s.widest_block});
   p.taps = reinterpret_cast<const int32_t*>(g.array<int32_t>(3, &p.n_taps, 1));
   p.n_taps /= 3;
   p.in = {s.x.image, s.x.plane, s.x.pitch};
@@ -127,36 +131,29 @@ Step read_conv(Given& g) {
   return s;
 }
 
-Step read_phase(Given& g) {
-  PhaseStep s{};
-  s.x = g.view();
-  s.y = g.view();
-  s.stride_y = g.integer();
-  s.stride_x = g.integer();
-  s.first = g.integer();
-  s.count = g.integer();
+template <typename S>
+Step read_plain(Given& g) {  // of views alone
+  S s{};
+  g.in_out(s);
   return s;
 }
 
-Step read_transpose(Given& g) {
-  TransposeStep s{};
-  s.x = g.view();
-  s.y = g.view();
+Step read_phase(Given& g) {
+  PhaseStep s{};
+  g.in_out(s);
+  g.integers({&s.stride_y, &s.stride_x, &s.first, &s.count});
   return s;
 }
 
 Step read_depthwise(Given& g) {
   DepthwiseStep s{};
-  s.x = g.view();
-  s.y = g.view();
+  g.in_out(s);
   s.has_residual = g.integer() != 0;
   if (s.has_residual) s.residual = g.view();
   const bool has_bias = g.integer() != 0;
   s.in_place = g.integer() != 0;
-  for (int64_t* n : {&s.multiplier, &s.stride_y, &s.stride_x, &s.top, &s.left, &s.plane_height,
-                     &s.pitch, &s.step_y}) {
-    *n = g.integer();
-  }
+  g.integers({&s.multiplier, &s.stride_y, &s.stride_x, &s.top, &s.left, &s.plane_height, &s.pitch,
+              &s.step_y});
   s.act = g.small();
   int64_t offsets = 0;
   s.first = g.array<int32_t>(s.y.channels + 1);
@@ -173,19 +170,15 @@ Step read_depthwise(Given& g) {
 
 Step read_max_pool(Given& g) {
   MaxPoolStep s{};
-  s.x = g.view();
-  s.y = g.view();
-  for (int64_t* n : {&s.kernel_y, &s.kernel_x, &s.stride_y, &s.stride_x, &s.pad_y, &s.pad_x,
-                     &s.dilation_y, &s.dilation_x}) {
-    *n = g.integer();
-  }
+  g.in_out(s);
+  g.integers({&s.kernel_y, &s.kernel_x, &s.stride_y, &s.stride_x, &s.pad_y, &s.pad_x, &s.dilation_y,
+              &s.dilation_x});
   return s;
 }
 
 Step read_mean(Given& g) {
   MeanStep s{};
-  s.x = g.view();
-  s.y = g.view();
+  g.in_out(s);
   s.from_y = g.array<int32_t>(s.y.height);
   s.to_y = g.array<int32_t>(s.y.height);
   s.scale_y = g.array<float>(s.y.height);
@@ -217,8 +210,7 @@ Step read_binary(Given& g) {
 
 Step read_map(Given& g) {
   MapStep s{};
-  s.x = g.view();
-  s.y = g.view();
+  g.in_out(s);
   s.map = static_cast<Map>(g.small());
   s.low = static_cast<float>(g.number());
   s.high = static_cast<float>(g.number());
@@ -227,8 +219,7 @@ Step read_map(Given& g) {
 
 Step read_resize(Given& g) {
   ResizeStep s{};
-  s.x = g.view();
-  s.y = g.view();
+  g.in_out(s);
   s.nearest = g.integer() != 0;
   s.low_y = g.array<int32_t>(s.y.height);
   s.high_y = g.array<int32_t>(s.y.height);
@@ -236,13 +227,6 @@ Step read_resize(Given& g) {
   s.low_x = g.array<int32_t>(s.y.width);
   s.high_x = g.array<int32_t>(s.y.width);
   s.weight_x = g.array<float>(s.y.width);
-  return s;
-}
-
-Step read_softmax(Given& g) {
-  SoftmaxStep s{};
-  s.x = g.view();
-  s.y = g.view();
   return s;
 }
 
@@ -257,7 +241,7 @@ using Reader = Step (*)(Given&);
 constexpr std::pair<const char*, Reader> kReaders[] = {
     {"conv", read_conv},
     {"phase", read_phase},
-    {"transpose", read_transpose},
+    {"transpose", read_plain<TransposeStep>},
     {"depthwise", read_depthwise},
     {"max_pool", read_max_pool},
     {"mean", read_mean},
@@ -265,7 +249,7 @@ constexpr std::pair<const char*, Reader> kReaders[] = {
     {"binary", read_binary},
     {"map", read_map},
     {"resize", read_resize},
-    {"softmax", read_softmax},
+    {"softmax", read_plain<SoftmaxStep>},
     {"argmax", read_argmax},
 };
 

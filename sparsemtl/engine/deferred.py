@@ -58,7 +58,10 @@ def defer(graph: Graph) -> Graph:
 def values(weight: Tensor) -> Tensor:
     """The weight itself, decoded if it is deferred."""
     source = _source(weight)
-    return weight if source is None else source.make()
+    if source is not None:
+        return source.make()
+    assert not weight.is_meta, "a weight whose values were let go"
+    return weight
 
 
 def decoded(graph: Graph) -> Graph:

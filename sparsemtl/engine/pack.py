@@ -80,13 +80,13 @@ def pack_weight(weight: Tensor, groups: int = 1, structure: str = "element") -> 
 
 
 def _four(weight: Tensor) -> Tensor:
-    weight = values(weight)
+    weight = values(weight).detach()
     return weight if weight.dim() == 4 else weight[:, :, None, None]
 
 
 def structures_of(weight: Tensor, groups: int = 1) -> dict[str, float]:
     """Structures in which a weight may be worth packing, and the weights stored for a live one."""
-    four = _four(weight.detach()).contiguous()
+    four = _four(weight).contiguous()
     rows = four.shape[0] // groups
     found, live = {"element": 1.0}, live_vectors(four, groups, 1)[0]
     for name, vector in STRUCTURES.items():

@@ -83,7 +83,7 @@ def _fields(folder: Path, rng: random.Random) -> str:
     """Another number or word in one place of the plan, or two places exchanged."""
     try:
         whole = json.loads((folder / PLAN).read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         return "unreadable already"
     places = list(_places(whole))
     if not places:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import threading
+from collections import namedtuple
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -171,15 +173,79 @@ def test_a_plan_for_each_size_and_no_more_than_asked_for():
 def test_an_engine_keeps_the_weights_coded_between_plans():
     model = randomise(build_model(ModelConfig(width=0.15), {"depth": 1}), 0.9)
     engine = sparsemtl.compile(model, (1, 3, 33, 33), executor="sparse")
-    assert all(
-        w.is_meta for node in engine.graph.nodes for w in node.weights.values() if w.dim() > 1
-    )
-    for is_native, segment in engine.plan((1, 3, 33, 33)).executor._run.segments:
-        assert is_native
-        assert not any(node.weights for node in segment.nodes)
+    weights = [w for node in engine.graph.nodes for w in node.weights.values()]
+    assert all(w.is_meta for w in weights if w.numel() > 4096)
+    plan = engine.plan((1, 3, 33, 33))
+    assert not any(node.weights for _, part in plan.executor._run.segments for node in part.nodes)
     for shape in ((1, 3, 33, 33), (2, 3, 40, 33)):
         x = torch.randn(shape)
         assert_close_tasks(engine(x), expected_of(model, x))
+
+
+@dataclass
+class Answers:
+    depth: torch.Tensor
+    features: tuple[torch.Tensor, torch.Tensor]
+    aux: torch.Tensor | None = None
+
+
+Pair = namedtuple("Pair", ["low", "high"])
+SHAPES_OF_ANSWERS = {
+    "dataclass": (
+        lambda y: Answers(y, (y + 1, 2 * y)),
+        lambda y: {"depth": y, "features.0": y + 1, "features.1": 2 * y},
+    ),
+    "named": (lambda y: Pair(y, -y), lambda y: {"low": y, "high": -y}),
+    "list": (lambda y: [y, y * y], lambda y: {"output0": y, "output1": y * y}),
+    "nested": (lambda y: {"a": {"b": [y, 3 * y]}}, lambda y: {"a.b.0": y, "a.b.1": 3 * y}),
+    "tensor": (lambda y: y, lambda y: {"output": y}),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES_OF_ANSWERS)
+def test_answers_in_other_forms_than_a_dict(kind):
+    answer, flat = SHAPES_OF_ANSWERS[kind]
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return answer(self.conv(x))
+
+    model, x = Model(), torch.randn(1, 3, 9, 8)
+    with torch.no_grad():
+        expected = flat(model.conv(x))
+    assert_close_tasks(sparsemtl.compile(model, x, executor="sparse")(x), expected)
+    assert "forward" not in vars(model)
+
+
+def test_several_engines_and_callers_at_once():
+    models = [randomise(TwoHeads(), 0.5, seed=seed) for seed in range(2)]
+    engines = [sparsemtl.compile(model, (1, 3, 16, 16), executor="sparse") for model in models]
+    inputs = [torch.randn(1 + place % 2, 3, 16 + place % 3, 16) for place in range(18)]
+    found: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+
+    def work(who: int) -> None:
+        for place in range(who % 3, len(inputs), 3):
+            found[who % 2, place] = engines[who % 2](inputs[place])
+
+    threads = [threading.Thread(target=work, args=(who,)) for who in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2 * len(inputs)
+    for (which, place), answer in found.items():
+        assert_close_tasks(answer, expected_of(models[which], inputs[place]))
+
+
+def test_an_input_that_wants_gradients_gets_none():
+    engine = sparsemtl.compile(randomise(TwoHeads(), 0.3), (1, 3, 16, 16), executor="sparse")
+    x = torch.randn(1, 3, 16, 16, requires_grad=True)
+    assert not any(value.requires_grad for value in engine(x).values())
+    assert_close_tasks(engine(x), engine(x.detach()), 0.0)
 
 
 def test_several_callers_at_once_get_their_own_answers():

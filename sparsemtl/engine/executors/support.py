@@ -23,6 +23,9 @@ def why_not(node: Node, graph: Graph) -> str | None:
         return f"{node.inputs[0]} is {graph.values[node.inputs[0]].dtype}"
     if any(weight.dtype is not torch.float32 for weight in node.weights.values()):
         return "it has weights of another type than float32"
+    bias = node.weights.get("bias")
+    if bias is not None and bias.dim() != 1:
+        return f"its bias has {bias.dim()} axes, not one"
     if node.op not in _RULES:
         return str(node.attrs.get("target", node.op)) + " is not an op of the native executor"
     return _RULES[node.op](node, graph)
