@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsemtl.engine.deferred import without_weights
 from sparsemtl.engine.device_select import DeviceSelection, select_for_device
 from sparsemtl.engine.executors.device_cast import Cast, DeviceWeights, cast_graph
 from sparsemtl.engine.executors.torch import last_reads
 from sparsemtl.engine.graph import Graph, Node, Value
 from sparsemtl.engine.liveness import peak_bytes
 from sparsemtl.engine.ops import compute
-from sparsemtl.engine.deferred import without_weights
 from sparsemtl.engine.target import Target
 from sparsemtl.ops.availability import launch_errors
 
