@@ -41,6 +41,16 @@ def masked(tensor: Tensor, keep: Tensor) -> Tensor:
     return out
 
 
+def mask_into(tensor: Tensor, keep: Tensor, out: Tensor) -> Tensor:
+    """`masked`, written over `out`, which is laid out like tensor; without counting the write."""
+    tensor = tensor.detach()
+    if not _native(tensor, keep) or out.stride() != tensor.stride():
+        out.data.copy_(torch.where(keep, tensor, tensor.new_zeros(())))
+        return out
+    _run(tensor, keep, out)
+    return out
+
+
 def mask_(tensor: Tensor, keep: Tensor) -> Tensor:
     """`masked`, in place; for a tensor that nobody else holds."""
     if not _native(tensor, keep):

@@ -35,7 +35,7 @@ from sparsemtl.ops.sparse_conv2d_triton import (
     conv_blocks_weight_grad,
     fits_groups,
 )
-from sparsemtl.sparsity.choice import PassChoice, dense_forward, dense_grads
+from sparsemtl.sparsity.passes import PassChoice, dense_forward, dense_grads
 from sparsemtl.sparsity.structure import ELEMENT, Structure
 
 NO_TILE = Tile(0, 0, 0)

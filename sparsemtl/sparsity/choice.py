@@ -1,12 +1,12 @@
 """Dense or sparse, layer by layer and pass by pass: whichever was measured faster on this machine.
 
 A convolution has three passes: forward, input gradient, weight gradient. For each layer shape and
-density bucket all three are timed once, dense against sparse, on the tensors at hand, with what
-each needs beside it: a mask that still moves is packed anew each step, the values of a fixed one
-are gathered, and a dense pass masks the weight and its gradient. Choices are kept in a file of this
-machine (`SPARSEMTL_CACHE`, by default ~/.cache/sparsemtl) and in a run's checkpoints: the same seed
-must give the same bits again, and dense and sparse kernels differ in the last ones. Where the file
-cannot be written, layers stay dense.
+density bucket all three are timed once, dense against sparse, on the tensors at hand, and then the
+layer's whole part of a step: a mask that still moves is packed anew each step, the values of a
+fixed one are gathered, and dense passes mask the weight and its gradient. Choices are kept in a
+file of this machine (`SPARSEMTL_CACHE`, by default ~/.cache/sparsemtl) and in a run's checkpoints:
+the same seed must give the same bits again, and dense and sparse kernels differ in the last ones.
+Where the file cannot be written, layers stay dense.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
 
-from sparsemtl.ops.masking import mask_, masked
+from sparsemtl.ops.masking import mask_into, masked
 from sparsemtl.ops.pattern import Pattern, pack_pattern
-from sparsemtl.ops.sparse_conv2d import sparse_conv2d_grads, sparse_conv2d_values
 from sparsemtl.ops.sparse_conv2d_plan import Geometry
+from sparsemtl.sparsity.passes import DENSE, PassChoice, chosen_forward, chosen_grads
 from sparsemtl.timing import interleave
 
 log = logging.getLogger(__name__)
@@ -39,22 +38,7 @@ log = logging.getLogger(__name__)
 BUCKETS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 MARGIN = 0.95  # sparse must be this much faster: noise is no reason to switch
 ROUNDS, BUDGET = 5, 2.0  # timed rounds, and seconds after which no further round begins
-
-
-@dataclass(frozen=True)
-class PassChoice:
-    """Which passes of a convolution run sparse; on a GPU, by which candidate of choice_gpu.py."""
-
-    forward: bool | str = False
-    input_grad: bool | str = False
-    weight_grad: bool | str = False
-
-    @property
-    def any(self) -> bool:
-        return bool(self.forward or self.input_grad or self.weight_grad)
-
-
-DENSE = PassChoice()
+SPARSE = PassChoice(True, True, True)
 
 
 def density_bucket(density: float) -> int | None:
@@ -160,152 +144,95 @@ def choose(
 def measure(
     x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, keep: Tensor | None = None
 ) -> PassChoice:
-    """Time the passes that will run, dense against sparse, on these very tensors."""
-    training = torch.is_grad_enabled()
-    x_needs_grad, x = x.requires_grad, x.detach()
-    weight, bias = weight.detach(), None if bias is None else bias.detach()
-    begin = time.perf_counter()
-    pack = partial(pack_pattern, weight, groups=g.groups, keep=keep, master=keep is not None)
-    pattern = pack()
-    with torch.no_grad():
-        y = sparse_conv2d_values(x, weight, bias, g, pattern)
-        grad = torch.ones_like(y, memory_format=torch.preserve_format)
-        wanted: dict[str, tuple[bool, bool] | None] = {"forward": None}
-        if training:
-            wanted |= {"input_grad": (True, False)} if x_needs_grad else {}
-            wanted |= {"weight_grad": (False, True)}
-        calls: dict[str, Callable[[], object]] = {}
-        for name, needs in wanted.items():
-            if needs is None:
-                calls[f"dense {name}"] = partial(_dense_forward, x, weight, bias, g, keep)
-            else:
-                calls[f"dense {name}"] = partial(_dense_grads, grad, x, weight, g, needs, keep)
-            calls[f"sparse {name}"] = partial(
-                _sparse_pass, grad, x, weight, bias, g, pattern, needs
-            )
-        seconds = {name: t.best for name, t in interleave(calls, ROUNDS, 1, budget=BUDGET).items()}
-        # Beside the passes: packing a mask that moves, gathering the values of a fixed one.
-        whole = float("inf")
-        for _ in range(2):
-            start = time.perf_counter()
-            if keep is None:
-                pattern = pack()
-            else:
-                pattern.update(weight.clone())  # another tensor, so its values are read again
-            for needs in wanted.values():
-                _sparse_pass(grad, x, weight, bias, g, pattern, needs)
-            whole = min(whole, time.perf_counter() - start)
-    following = max(0.0, whole - sum(seconds[f"sparse {p}"] for p in wanted))
-    gains = {p: MARGIN * seconds[f"dense {p}"] - seconds[f"sparse {p}"] for p in wanted}
-    won = {p for p, gain in gains.items() if gain > 0.0}
-    pays = sum(gains[p] for p in won) > following
-    log.info("measured %s in %.2f s: %s", list(weight.shape), time.perf_counter() - begin, seconds)
-    return PassChoice(**dict.fromkeys(won, True)) if pays else DENSE
+    """Time the passes that will run, dense against sparse, on these very tensors.
 
-
-def _sparse_pass(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    g: Geometry,
-    pattern: Pattern,
-    needs: tuple[bool, bool] | None,
-) -> object:
-    """The forward pass without `needs`, else those gradients."""
-    if needs is None:
-        return sparse_conv2d_values(x, weight, bias, g, pattern)
-    return sparse_conv2d_grads(grad, x, weight, g, pattern, needs)
-
-
-def dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
-    """torch's own convolution."""
-    return conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
-
-
-def dense_grads(
-    grad: Tensor, x: Tensor, weight: Tensor, g: Geometry, needs: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """torch's own gradients of x and weight, each only if needed."""
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, g.stride, g.padding, g.dilation, False, (0, 0), g.groups,
-        (*needs, False),
-    )  # fmt: skip
-    return grad_x, grad_weight
-
-
-def _dense_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, keep: Tensor | None
-) -> Tensor:
-    return dense_forward(x, weight if keep is None else masked(weight, keep), bias, g)
-
-
-def _dense_grads(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    g: Geometry,
-    needs: tuple[bool, bool],
-    keep: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """As `dense_grads`, the weight's gradient zero outside the mask."""
-    grad_x, grad_weight = dense_grads(grad, x, weight, g, needs)
-    if keep is not None and grad_weight is not None:
-        mask_(grad_weight, keep)
-    return grad_x, grad_weight
-
-
-class ChosenConv2d(torch.autograd.Function):
-    """A convolution whose passes each run dense or sparse.
-
-    keep: None: the weight's gradient is that of the dense convolution on live weights; on dead ones
-          it may be 0 already, which the soft threshold's own backward makes of it anyway.
-          A mask: the weight is a master weight that counts inside the mask alone, and so is its
-          gradient; sparse passes read it in place, for dense ones it is masked.
+    Passes that alone are faster sparse are picked; then the whole of the layer in a step, with
+    what comes beside the passes, is timed with them and without.
     """
+    trial = _Trial(x, weight, bias, g, keep)
+    begin = time.perf_counter()
+    with torch.no_grad():
+        calls: dict[str, Callable[[], object]] = {}
+        for name in trial.passes:
+            for kind, choice in (("dense", DENSE), ("sparse", SPARSE)):
+                calls[f"{kind} {name}"] = partial(trial.run, choice, name)
+        seconds = {name: t.best for name, t in interleave(calls, ROUNDS, 1, budget=BUDGET).items()}
+        won = [p for p in trial.passes if seconds[f"sparse {p}"] < MARGIN * seconds[f"dense {p}"]]
+        picked = PassChoice(**dict.fromkeys(won, True))
+        if picked.any:
+            wholes: dict[str, Callable[[], object]] = {
+                "dense": partial(trial.step, DENSE),
+                "picked": partial(trial.step, picked),
+            }
+            timed = interleave(wholes, ROUNDS, 1, budget=BUDGET).items()
+            seconds |= {name: t.best for name, t in timed}
+            picked = picked if seconds["picked"] < MARGIN * seconds["dense"] else DENSE
+    log.info("measured %s in %.2f s: %s", list(weight.shape), time.perf_counter() - begin, seconds)
+    return picked
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        g: Geometry,
-        pattern: Pattern,
-        choice: PassChoice,
-        keep: Tensor | None = None,
-    ) -> Tensor:
-        x_needed = ctx.needs_input_grad[0]
-        dense = weight
-        if keep is not None and not (choice.forward and (choice.input_grad or not x_needed)):
-            dense = masked(weight, keep)
-        # A dense pass that nothing will run needs no copy of the weight to live on.
-        later = dense if x_needed and not choice.input_grad else weight
-        ctx.save_for_backward(x, weight, None if later is weight else later)
-        ctx.g, ctx.pattern, ctx.choice, ctx.keep = g, pattern, choice, keep
-        if choice.forward:
-            return sparse_conv2d_values(x, weight, bias, g, pattern)
-        return dense_forward(x, dense, bias, g)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, dense = ctx.saved_tensors
-        dense = weight if dense is None else dense
-        needed = ctx.needs_input_grad
-        sparse = (ctx.choice.input_grad, ctx.choice.weight_grad)
-        grads: list[Tensor | None] = [None, None]
-        for kind in (True, False):  # passes of one kind share a call, and what it prepares
-            needs = (needed[0] and sparse[0] is kind, needed[1] and sparse[1] is kind)
-            if not any(needs):
-                continue
-            if kind:
-                found = sparse_conv2d_grads(grad, x, weight, ctx.g, ctx.pattern, needs)
-            else:
-                found = _dense_grads(grad, x, dense, ctx.g, needs, ctx.keep)
-            grads = [f if n else g for f, n, g in zip(found, needs, grads, strict=True)]
-        grad_bias = grad.sum((0, 2, 3)) if needed[2] else None
-        return grads[0], grads[1], grad_bias, None, None, None, None
+class _Trial:
+    """One layer with the tensors of one call, to be timed; `passes` names those that will run."""
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, keep: Tensor | None
+    ) -> None:
+        self.passes = ["forward"]
+        if torch.is_grad_enabled():
+            self.passes += ["input_grad", "weight_grad"] if x.requires_grad else ["weight_grad"]
+        self.x, weight, self.g, self.keep = x.detach(), weight.detach(), g, keep
+        self.bias = None if bias is None else bias.detach()
+        # Taking turns: a pattern that meets another tensor reads its values again, as in training.
+        self.weights = [weight, weight if keep is None else weight.clone()]
+        self.dense = weight if keep is None else masked(weight, keep)
+        self.pattern = self._pack()
+        self.grad = torch.ones_like(self.forward(SPARSE))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.weights[0]
+
+    def _pack(self) -> Pattern:
+        return pack_pattern(
+            self.weight, groups=self.g.groups, keep=self.keep, master=self.keep is not None
+        )
+
+    def run(self, choice: PassChoice, name: str) -> object:
+        """One pass."""
+        if name == "forward":
+            return self.forward(choice)
+        return self.grads(choice, (name == "input_grad", name == "weight_grad"))
+
+    def step(self, choice: PassChoice) -> None:
+        """The layer's part of a step: all passes, and what the weight's last change asks for."""
+        if self.keep is None:  # dense passes do without, but only a packed mask tells the density
+            self.pattern = self._pack()
+        else:
+            if choice.reads_dense("input_grad" in self.passes):
+                mask_into(self.weight, self.keep, self.dense)
+            if choice.any:
+                self.weights.reverse()
+                self.pattern.update(self.weight)
+        self.forward(choice)
+        self.grads(choice, ("input_grad" in self.passes, "weight_grad" in self.passes))
+
+    def forward(self, choice: PassChoice) -> Tensor:
+        return chosen_forward(
+            choice, self.x, self.weight, self.dense, self.bias, self.g, self.pattern
+        )
+
+    def grads(self, choice: PassChoice, needs: tuple[bool, bool]) -> object:
+        return chosen_grads(
+            choice,
+            self.grad,
+            self.x,
+            self.weight,
+            self.dense,
+            self.g,
+            self.pattern,
+            self.keep,
+            needs,
+        )
 
 
 def _read(path: Path) -> dict[str, dict[str, PassChoice]]:

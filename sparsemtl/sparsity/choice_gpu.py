@@ -36,14 +36,12 @@ from sparsemtl.sparsity.candidates_gpu import (
 from sparsemtl.sparsity.choice import (
     BUDGET,
     CHOICES,
-    DENSE,
     MARGIN,
     ROUNDS,
-    PassChoice,
-    dense_forward,
     density_bucket,
     layer_key,
 )
+from sparsemtl.sparsity.passes import DENSE, PassChoice, dense_forward
 from sparsemtl.timing import interleave
 
 log = logging.getLogger(__name__)

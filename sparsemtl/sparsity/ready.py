@@ -33,13 +33,13 @@ class ReadyValues:
     """The groups of a model whose values are known."""
 
     def __init__(self) -> None:
-        self._groups: dict[int, tuple[list[_Stamp], ReadyGroup]] = {}
+        self._groups: dict[int, tuple[list[Stamp], ReadyGroup]] = {}
 
     def offer(
         self, group: int, weights: Sequence[Tensor], theta: Tensor, found: ReadyGroup
     ) -> None:
         """Keep what was written from these weights and this θ, as they are now."""
-        self._groups[group] = ([_Stamp.of(t) for t in (*weights, theta, *found.values)], found)
+        self._groups[group] = ([Stamp.of(t) for t in (*weights, theta, *found.values)], found)
 
     def find(self, group: int, weights: Sequence[Tensor], theta: Tensor) -> ReadyGroup | None:
         """What was written from just these weights and this θ, unchanged since; else None."""
@@ -47,7 +47,7 @@ class ReadyValues:
             return None
         stamps, found = self._groups[group]
         now = (*weights, theta, *found.values)
-        if len(stamps) != len(now) or not all(map(_Stamp.fits, stamps, now)):
+        if len(stamps) != len(now) or not all(map(Stamp.fits, stamps, now)):
             del self._groups[group]  # it will never be true again
             return None
         return found
@@ -65,7 +65,7 @@ class ReadyValues:
 
 
 @dataclass(frozen=True)
-class _Stamp:
+class Stamp:
     """One tensor at one moment. The address is there because `.data =` leaves the version alone."""
 
     tensor: Tensor
@@ -73,7 +73,7 @@ class _Stamp:
     address: int
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _Stamp:
+    def of(cls, tensor: Tensor) -> Stamp:
         return cls(tensor, tensor._version, tensor.data_ptr())
 
     def fits(self, tensor: Tensor) -> bool:

@@ -27,7 +27,7 @@ from sparsemtl.measure.pruned import (
 from sparsemtl.measure.rows import WrongResult
 from sparsemtl.models import config as models
 from sparsemtl.ops.availability import why_not_native
-from sparsemtl.sparsity import choice
+from sparsemtl.sparsity import choice, passes
 from sparsemtl.sparsity.mask import kept_count
 
 TASKS = {"segmentation": 5, "normals": 3, "depth": 1}
@@ -139,21 +139,21 @@ def test_rows_compare_dense_and_sparse_steps(setup, kind):
 @native
 def test_the_gate_sees_a_wrong_pass(setup, monkeypatch):
     split = parse_prune("--prune", "0.9", TASKS)
-    sparse = choice.PassChoice(True, True, True)
-    monkeypatch.setattr(choice, "measure", lambda *_: sparse)
+
+    monkeypatch.setattr(choice, "measure", lambda *_: choice.SPARSE)
     with fresh_choices():
         assert check_step(setup, split, False) < 1e-5
-    right = choice.sparse_conv2d_grads
+    right = passes.sparse_conv2d_grads
 
     def wrong(*args):
         grad_x, grad_weight = right(*args)
         return grad_x, None if grad_weight is None else grad_weight * 1.01
 
-    monkeypatch.setattr(choice, "sparse_conv2d_grads", wrong)
+    monkeypatch.setattr(passes, "sparse_conv2d_grads", wrong)
     with fresh_choices(), pytest.raises(WrongResult, match="the gradient of"):
         check_step(setup, split, False)
-    forward = choice.sparse_conv2d_values
-    monkeypatch.setattr(choice, "sparse_conv2d_values", lambda *a: forward(*a) * 1.01)
+    forward = passes.sparse_conv2d_values
+    monkeypatch.setattr(passes, "sparse_conv2d_values", lambda *a: forward(*a) * 1.01)
     with fresh_choices(), pytest.raises(WrongResult, match="Expected losses within"):
         check_step(setup, split, False)
 
@@ -161,9 +161,9 @@ def test_the_gate_sees_a_wrong_pass(setup, monkeypatch):
 def test_choices_of_a_bench_are_its_own(monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSEMTL_CACHE", str(tmp_path))
     monkeypatch.setattr(choice, "CHOICES", choice.Choices())
-    choice.CHOICES.keep("a", choice.DENSE)
+    choice.CHOICES.keep("a", passes.DENSE)
     with fresh_choices():
         assert choice.CHOICES.find("a") is None
-        choice.CHOICES.keep("a", choice.PassChoice(True, True, True))
-    assert choice.CHOICES.find("a") == choice.DENSE
+        choice.CHOICES.keep("a", passes.PassChoice(True, True, True))
+    assert choice.CHOICES.find("a") == passes.DENSE
     assert os.environ["SPARSEMTL_CACHE"] == str(tmp_path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsemtl.ops.masking import mask_, mask_weight, masked
+from sparsemtl.ops.masking import mask_, mask_into, mask_weight, masked
 
 SHAPES = [(0,), (1,), (17,), (5, 3, 3, 3), (40_001,), (3, 1, 7)]
 
@@ -23,6 +23,10 @@ def test_it_is_where(shape, dtype):
     expected = torch.where(keep, x, torch.zeros((), dtype=dtype))
     assert torch.equal(masked(x, keep), expected)
     assert torch.equal(mask_weight(x, keep), expected)
+    out = torch.full_like(x, 7.0)
+    assert mask_into(x, keep, out) is out
+    assert torch.equal(out, expected)
+    assert out._version == torch.full_like(x, 7.0)._version  # the write is not counted
     assert mask_(x, keep) is x
     assert torch.equal(x, expected)
 
@@ -44,6 +48,7 @@ def test_memory_formats_may_differ(which):
     keep = keep if which == "weight" else keep.contiguous(memory_format=last)
     assert torch.equal(masked(x, keep), expected)
     assert masked(x, keep).stride() == x.stride()
+    assert torch.equal(mask_into(x, keep, torch.ones(x.shape)), expected)
     assert torch.equal(mask_(x.clone(), keep), expected)
     assert torch.equal(masked(x[::2], keep[::2]), expected[::2])
 

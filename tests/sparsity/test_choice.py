@@ -5,20 +5,19 @@ from __future__ import annotations
 import copy
 import io
 import json
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sparsemtl.sparsity import choice
-from sparsemtl.sparsity.choice import BUCKETS, DENSE, Choices, PassChoice, density_bucket
+from sparsemtl.ops.sparse_conv2d_plan import Geometry
+from sparsemtl.sparsity import choice, slot
+from sparsemtl.sparsity.choice import BUCKETS, SPARSE, Choices, density_bucket
 from sparsemtl.sparsity.controller import freeze_exactly
+from sparsemtl.sparsity.layers import SparseConv2d
+from sparsemtl.sparsity.passes import DENSE, PassChoice
 from sparsemtl.sparsity.sparsify import sparsify
 from tests.sparsity.conftest import make_model
-
-sparsify_module = sys.modules["sparsemtl.sparsity.sparsify"]
-
-SPARSE = PassChoice(True, True, True)
 
 
 @pytest.fixture(autouse=True)
@@ -159,10 +158,8 @@ def test_dormant_weights_outside_a_fixed_mask_have_no_effect(
 def test_a_fixed_mask_is_packed_once_and_its_values_follow(image, monkeypatch):
     monkeypatch.setattr(choice, "measure", lambda *a: SPARSE)
     packed = []
-    real = sparsify_module.pack_pattern
-    monkeypatch.setattr(
-        sparsify_module, "pack_pattern", lambda *a, **k: packed.append(1) or real(*a, **k)
-    )
+    real = slot.pack_pattern
+    monkeypatch.setattr(slot, "pack_pattern", lambda *a, **k: packed.append(1) or real(*a, **k))
     model = sparsify(make_model(), theta_init=-3.7)
     freeze_exactly(model.sparsity, 0.9)
     model.sparsity.sparse_kernels = True
@@ -192,3 +189,80 @@ def test_models_with_patterns_copy_and_pickle(image, monkeypatch):
     passes(model, image)
     copy.deepcopy(model)
     torch.save(model, io.BytesIO())
+
+
+@pytest.mark.parametrize("picked", [DENSE, PassChoice(forward=True), PassChoice(False, True)])
+def test_dense_passes_read_one_masked_copy_that_follows(image, picked, monkeypatch):
+    monkeypatch.setattr(choice, "measure", lambda *a: picked)
+    model = sparsify(make_model(), theta_init=-3.7)
+    freeze_exactly(model.sparsity, 0.9)
+    model.sparsity.sparse_kernels = True
+    passes(model, image)
+    layers = [m for m in model.modules() if isinstance(m, SparseConv2d) and m.slot.dense]
+    assert layers
+    memory = [m.slot.dense.of(m.weight, mask_of(m)).data_ptr() for m in layers]
+    for change in (lambda w: w.mul_(0.5), lambda w: w.data.mul_(0.5)):  # torch counts the first
+        with torch.no_grad():
+            for layer in layers:
+                change(layer.weight)
+        found, grads = passes(model, image)
+        assert memory == [m.slot.dense.of(m.weight, mask_of(m)).data_ptr() for m in layers]
+        if not picked.any:  # sparse passes do not see what torch does not count
+            model.sparsity.sparse_kernels = False
+            expected, expected_grads = passes(model, image)
+            model.sparsity.sparse_kernels = True
+            assert torch.equal(found["depth"], expected["depth"])
+            for name, grad in expected_grads.items():
+                torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-5)
+
+
+def mask_of(layer):
+    slot = layer.slot
+    return slot.sparsity.masks[slot.group][slot.place]
+
+
+def test_a_backward_that_needs_old_masked_values_is_refused(image, monkeypatch):
+    monkeypatch.setattr(choice, "measure", lambda *a: DENSE)
+    model = sparsify(make_model(), theta_init=-3.7)
+    freeze_exactly(model.sparsity, 0.5)
+    model.sparsity.sparse_kernels = True
+    once, twice = model(image)["depth"], model(image)["depth"]
+    (once.sum() + twice.sum()).backward()  # two passes of the same weights share their copies
+    alone = [p.grad.clone() for p in model.backbone.parameters()]
+    model.zero_grad()
+    (2.0 * model(image)["depth"].sum()).backward()
+    for grad, parameter in zip(alone, model.backbone.parameters(), strict=True):
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-3)
+    model.zero_grad()
+    old = model(image)["depth"]
+    turned = [[m.flip(0) for m in group] for group in model.sparsity.masks]
+    model.sparsity.fix_masks(turned, keep_dormant=True)  # the weights stay as they are
+    model(image)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        old.sum().backward()
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_a_choice_must_pay_in_the_whole_of_a_step(fixed, monkeypatch):
+    """Passes that are faster sparse lose to what comes beside them, here packing and gathering."""
+    x = torch.randn(1, 8, 9, 9, requires_grad=True)
+    weight, g = torch.randn(8, 8, 3, 3), Geometry((1, 1), (1, 1), (1, 1), (3, 3), 1)
+    keep = torch.rand(weight.shape) < 0.3
+    weight = weight if fixed else torch.where(keep, weight, 0.0)
+    seen = []
+
+    def timed(slow_step):
+        def interleave(calls, *_, **__):
+            seen.append(list(calls))
+            for call in calls.values():
+                call()
+            slow = {"dense": 1.0, "picked": 1.2 if slow_step else 0.5}
+            sparse = {"sparse forward": 0.5, "sparse input_grad": 0.97, "sparse weight_grad": 0.5}
+            return {n: SimpleNamespace(best={**slow, **sparse}.get(n, 1.0)) for n in calls}
+
+        return interleave
+
+    for slow_step, expected in ((True, DENSE), (False, PassChoice(True, False, True))):
+        monkeypatch.setattr(choice, "interleave", timed(slow_step))
+        assert choice.measure(x, weight, None, g, keep if fixed else None) == expected
+    assert seen[-1] == ["dense", "picked"]

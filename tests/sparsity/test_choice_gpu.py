@@ -10,8 +10,9 @@ from sparsemtl.ops import semi_structured, sparse_conv2d_backends
 from sparsemtl.ops.availability import why_not_triton
 from sparsemtl.ops.sparse_conv2d_plan import Geometry
 from sparsemtl.sparsity import candidates_gpu, choice_gpu
-from sparsemtl.sparsity.choice import CHOICES, DENSE, PassChoice
+from sparsemtl.sparsity.choice import CHOICES
 from sparsemtl.sparsity.controller import freeze_exactly
+from sparsemtl.sparsity.passes import DENSE, PassChoice
 from sparsemtl.sparsity.sparsify import sparsify
 
 CHOSEN = {
