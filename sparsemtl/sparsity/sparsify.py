@@ -176,7 +176,13 @@ class Sparsity(nn.Module):
                 # The CPU's kernels read rows of channels, those of a GPU channels of pixels.
                 images = weight.is_cuda and weight.dim() == 4
                 layout = torch.channels_last if images else torch.contiguous_format
-                weight.data = weight.data.contiguous(memory_format=layout)
+                # By its strides: a contiguous 1x1 kernel can still say channels_last, and torch
+                # would lay out the outputs, and every gradient after them, accordingly.
+                laid_out = torch.empty_like(weight.data, memory_format=layout)
+                if laid_out.stride() != weight.stride():
+                    weight.data = laid_out.copy_(weight.data)
+        if self.masks is not None:
+            self.masks = self._laid_out(self.masks)
 
     def _laid_out(self, masks: list[list[Tensor]]) -> list[list[Tensor]]:
         """The masks, each on its weight's device and in its memory format: read in step with it."""

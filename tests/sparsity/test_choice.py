@@ -242,6 +242,20 @@ def test_a_backward_that_needs_old_masked_values_is_refused(image, monkeypatch):
         old.sum().backward()
 
 
+def test_masks_are_laid_out_with_the_weights():
+    model = sparsify(make_model().to(memory_format=torch.channels_last), theta_init=-3.7)
+    freeze_exactly(model.sparsity, 0.5)
+    before = [[m.clone() for m in group] for group in model.sparsity.masks]
+    model.sparsity.lay_out_for_kernels()
+    for group, masks in enumerate(model.sparsity.masks):
+        for place, (weight, mask) in enumerate(
+            zip(model.sparsity.weights(group), masks, strict=True)
+        ):
+            assert weight.stride() == torch.empty(weight.shape).stride()  # of 1x1 kernels, too
+            assert mask.stride() == weight.stride()
+            assert torch.equal(mask, before[group][place])
+
+
 @pytest.mark.parametrize("fixed", [True, False])
 def test_a_choice_must_pay_in_the_whole_of_a_step(fixed, monkeypatch):
     """Passes that are faster sparse lose to what comes beside them, here packing and gathering."""
