@@ -388,6 +388,30 @@ def test_a_run_has_the_losses_of_one_under_adam(data, method):
     torch.testing.assert_close(rows["threshold-adam"], rows["adam"], rtol=2e-3, atol=2e-3)
 
 
+def test_a_shift_of_theta_after_the_step_is_never_missed(data):
+    """The controller moves θ when the weights have moved; S of the optimizer's own θ is stale."""
+    state, stepped, shifts = make_state(data, **METHODS["exact"]), [], []
+    sparsity = state.model.sparsity
+    state.optimizer.register_step_post_hook(
+        lambda *_: stepped.append(sparsity.theta.detach().clone())
+    )
+
+    def check(state):
+        shifts.append(not torch.equal(stepped[-1], sparsity.theta.detach()))
+        if sparsity.frozen:
+            return
+        sparsity.compute_values()  # as the next forward pass does
+        alpha = torch.sigmoid(sparsity.theta.detach())
+        for g in range(len(sparsity.groups)):
+            expected = soft_threshold_stats(sparsity.weights(g), alpha[g]).values
+            assert all(map(torch.equal, sparsity._values[g], expected))
+        sparsity.drop_values()
+
+    run_training(state, [check])
+    assert any(shifts)
+    assert sparsity.frozen
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 def test_a_run_resumes_with_the_same_bits(data, method, tmp_path):
     whole = make_state(data, **method)
