@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 from sparsemtl.cli.run_folder import RunFolder, build_split, build_tasks, load_model
 from sparsemtl.config import RunConfig
 from sparsemtl.data.base import collate
+from sparsemtl.measure.environment import machine_line
 from sparsemtl.training.checkpoint import atomic_write
 
 log = logging.getLogger(__name__)
@@ -22,7 +24,7 @@ SAMPLES = 4  # rows of the picture grid
 
 
 def draw(folder: RunFolder, config: RunConfig, summary: Mapping[str, Any]) -> None:
-    """Write curves.png, allocation.png and predictions.png; says so if matplotlib is missing."""
+    """Write the pictures; says so if matplotlib is missing."""
     try:
         from sparsemtl.report import plots
     except ImportError:
@@ -30,12 +32,18 @@ def draw(folder: RunFolder, config: RunConfig, summary: Mapping[str, Any]) -> No
         return
     requested = summary["sparsity"]["requested"]
     figures = {
-        "curves.png": plots.training_curves(read_log(folder), requested, read_log(folder.baseline)),
+        "curves.png": plots.training_curves(
+            read_lines(folder.log), requested, read_lines(folder.baseline.log)
+        ),
         "allocation.png": plots.allocation(summary),
         "predictions.png": plots.picture_grid(
             [plots.PictureRow(row) for row in prediction_rows(folder, config)]
         ),
     }
+    times = read_lines(folder.times)
+    if len({row["sparsity"] for row in times}) > 1:
+        note = machine_line()
+        figures["step_time.png"] = plots.step_time(times, read_lines(folder.baseline.times), note)
     for name, figure in figures.items():
         atomic_write(
             folder.plots / name,
@@ -43,11 +51,11 @@ def draw(folder: RunFolder, config: RunConfig, summary: Mapping[str, Any]) -> No
         )
 
 
-def read_log(folder: RunFolder) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, none if there is no log."""
-    if not folder.log.exists():
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log, none if there is no such file."""
+    if not path.exists():
         return []
-    return [json.loads(line) for line in folder.log.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def prediction_rows(folder: RunFolder, config: RunConfig) -> list[dict[str, np.ndarray]]:

@@ -2,6 +2,7 @@
 
 config.json      the whole configuration; a run can be repeated or resumed from it
 metrics.jsonl    one line per step
+times.jsonl      how long steps took, and how sparse the model was
 checkpoints/     the last two, for --resume
 model/           model.safetensors (dense with zeros, ordinary torch keys) and config.json
 summary.json     results
@@ -49,6 +50,10 @@ class RunFolder:
     @property
     def log(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def times(self) -> Path:
+        return self.root / "times.jsonl"
 
     @property
     def checkpoints(self) -> Path:

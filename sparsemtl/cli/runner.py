@@ -37,6 +37,7 @@ from sparsemtl.training.checkpoint import check_same_model, checkpoints, load_ch
 from sparsemtl.training.evaluate import Metrics, evaluate, evaluate_constant
 from sparsemtl.training.loop import Callback, train
 from sparsemtl.training.state import REQUIRED, TrainState
+from sparsemtl.training.step_times import StepTimes
 
 log = logging.getLogger(__name__)
 
@@ -183,11 +184,13 @@ def prune_only(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
 def _train(run: Run, show: DisplayFactory) -> None:
     state, folder, train_config = run.state, run.folder, run.config.train
     steps = train_config.steps
-    metrics = MetricsLog(folder.log, train_config.log_every or max(1, steps // 200))
-    metrics.cut_after(state.step)
+    count_every = train_config.log_every or max(1, steps // 200)
+    metrics, times = MetricsLog(folder.log, count_every), MetricsLog(folder.times, count_every)
+    for file in (metrics, times):
+        file.cut_after(state.step)
     save = Checkpointer(folder.checkpoints)
     with StopOnSignal() as stop, show(method_name(run.config.method), state) as display:
-        callbacks: list[Callback] = [metrics]
+        callbacks: list[Callback] = [metrics, StepTimes(times, count_every)]
         if train_config.evaluate_every is not None:
             validation = build_split(run.config, "val")
             callbacks.append(
@@ -200,6 +203,7 @@ def _train(run: Run, show: DisplayFactory) -> None:
                 train(state, callbacks)
         finally:
             metrics.close()
+            times.close()
         if stop.received is not None:
             save(state)
             raise Interrupted(f"{stop.received}: stopped after step {state.step} of {steps}", run)

@@ -14,6 +14,7 @@ PICTURES = {  # files of a run's plots/, in the order of the page
     "predictions.png": "Predictions",
     "allocation.png": "Allocation",
     "curves.png": "Training",
+    "step_time.png": "Step time against sparsity",
 }
 
 

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 MOST_LABELS = 8  # a longer legend would hide the curves
+SPARSITY_BIN = 5.0  # %, over which the median of step times is taken
 ACTIVE_ALPHA = 1e-7  # below it no threshold prunes anything yet
 COLOURS = ("#3b6fb6", "#d9822b", "#3a9a6b", "#b5446e", "#7a5fb0", "#7d7d7d")
 STYLE: dict[str, Any] = {"fontsize": 10, "loc": "left"}
@@ -44,6 +45,38 @@ def training_curves(
         axis.spines[["top", "right"]].set_visible(False)
         if 0 < len(axis.get_legend_handles_labels()[0]) <= MOST_LABELS:
             axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def step_time(
+    rows: Sequence[Mapping[str, Any]], dense_rows: Sequence[Mapping[str, Any]], machine: str
+) -> Figure:
+    """Time of a training step against the sparsity at that time.
+
+    rows: the lines of times.jsonl   dense_rows: the dense twin's, of which the median is drawn
+    """
+    figure = Figure(figsize=(8.5, 4.4), layout="constrained")
+    axis = figure.subplots()
+    sparsity = 100 * np.array([row["sparsity"] for row in rows])
+    times = 1000 * np.array([row["seconds"] for row in rows])
+    axis.plot(sparsity, times, ".", ms=4, color=_colour(0), alpha=0.4, label="as measured")
+    bins = np.round(sparsity / SPARSITY_BIN)
+    middles = [
+        (float(np.median(o)) for o in (sparsity[bins == b], times[bins == b]))
+        for b in sorted(set(bins))
+    ]
+    axis.plot(*zip(*middles, strict=True), "o-", color=_colour(0), label="median")
+    if dense_rows:
+        dense = 1000 * float(np.median([row["seconds"] for row in dense_rows]))
+        axis.axhline(dense, color="k", lw=0.9, ls="--", label="dense twin, median")
+    # Steps in which layers are measured stand out by far, and are no news.
+    axis.set_ylim(0, 1.6 * float(np.median(times)))
+    axis.set_xlabel("sparsity, %")
+    axis.set_ylabel("training step, ms")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    figure.suptitle(machine, fontsize=8, x=0.01, ha="left")
     return figure
 
 

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from sparsemtl.cli import main
 from sparsemtl.models.config import ModelConfig, build_model
+from sparsemtl.ops.availability import why_not_native
+from sparsemtl.sparsity import choice
 
 SMALL = [
     *("--preset", "demo", "--width", "0.125", "--batch-size", "2", "--baseline", "none"),
@@ -51,8 +53,13 @@ def test_a_finished_run_leaves_what_it_should(run):
     assert next(iter(result["sparsity"]["components"])) == "backbone"
     assert set(result["delta"]["tasks"]) == set(result["metrics"]) or result["delta"]["reason"]
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 10
+    times = [json.loads(line) for line in (run / "times.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in times] == list(range(2, 11))
+    assert all(row["seconds"] > 0.0 and row["steps"] == 1 for row in times)
+    assert times[-1]["sparsity"] == result["sparsity"]["overall"]
     for name in (
         "config.json",
+        "plots/step_time.png",
         "plots/curves.png",
         "plots/allocation.png",
         "plots/predictions.png",
@@ -87,6 +94,38 @@ def test_the_same_seed_gives_the_same_bytes(run, tmp_path):
     assert train(tmp_path / "again", *words) == 0
     files = [f / "model" / "model.safetensors" for f in (run, tmp_path / "again")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("kernels", ["native", "sparse"])
+def test_every_kernel_gives_the_losses_of_the_reference(kernels, tmp_path, monkeypatch):
+    """Masks are fixed after 7 of 10 steps.
+
+    The native thresholds have the reference's bits. Sparse convolutions sum in another order, and
+    Adam makes whole steps of gradients that are rounding alone, so runs part from 1e-7 on.
+    """
+    if why_not_native() is not None:
+        pytest.skip("needs the native module")
+    words, ran = ["--method", "adapmtl", "--sparsity", "0.83", "--steps", "10", "--seed", "1"], []
+    monkeypatch.setenv("SPARSEMTL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(choice, "CHOICES", choice.Choices())
+    if kernels == "sparse":
+        words += ["--set", "train.runtime.sparse_kernels=true"]
+        measured = lambda *_: ran.append(1) or choice.SPARSE  # noqa: E731
+        monkeypatch.setattr(choice, "measure", measured)
+    else:
+        monkeypatch.setenv("SPARSEMTL_BACKEND", kernels)
+    assert train(tmp_path / "run", *words) == 0
+    assert bool(ran) is (kernels == "sparse")
+    monkeypatch.setenv("SPARSEMTL_BACKEND", "reference")
+    assert train(tmp_path / "reference", *words[:8]) == 0
+    found, expected = (
+        [json.loads(x)["loss"] for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("run", "reference")
+    )
+    assert len(found) == len(expected) == 10
+    for step, (ours, reference) in enumerate(zip(found, expected, strict=True)):
+        tolerance = 1e-6 if kernels == "native" else 1e-5 if step < 2 else 0.1
+        assert ours == pytest.approx(reference, rel=tolerance)
 
 
 def start(out: Path) -> subprocess.Popen:
