@@ -5,6 +5,7 @@
 
 constexpr int kMaxVectors = 12;
 constexpr int kMaxSlots = kMaxVectors * kLanes;
+constexpr uint32_t kFull = static_cast<uint32_t>((uint64_t{1} << kLanes) - 1);
 
 struct Run {  // pixels (y, x), (y, x + 1), ... of one image in consecutive slots of the tile
   int64_t slot, length, image, y, x;
@@ -127,7 +128,6 @@ inline void make_table(const Run* runs, int n_runs, int vectors, const Plane& pl
     add_run(table, slot, length,
             runs[r].image * plane.image_stride + plane.offset + y * plane.pitch + x);
   }
-  constexpr uint32_t kFull = static_cast<uint32_t>((uint64_t{1} << kLanes) - 1);
   table.start = table.pairs[0].first_offset;
   table.plain = true;
   for (int p = 0; p < vectors; ++p) {
@@ -146,7 +146,8 @@ inline void gather(const CopyTable& table, const float* plane, float* to) {
   }
   SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) {
     const CopyTable::Pair& pair = table.pairs[p];
-    Vec v = load_run(zeros(), pair.first, plane + pair.first_offset);
+    Vec v = pair.first == kFull ? load(plane + pair.first_offset)
+                                : load_run(zeros(), pair.first, plane + pair.first_offset);
     if (pair.second != 0) v = load_run(v, pair.second, plane + pair.second_offset);
     store(to + p * kLanes, v);
   }
@@ -214,15 +215,29 @@ __attribute__((noinline)) void scatter_by_table(const Finish& f, int64_t row, co
 
 template <int P>
 inline __attribute__((always_inline)) void scatter(const Finish& f, int64_t row, const Vec* sums) {
-  if (!f.table->plain || f.residual != nullptr) {
+  const CopyTable& table = *f.table;
+  if (table.n_extra != 0 || f.residual != nullptr) {
     Vec copy[P];  // whose address may be taken: the sums themselves stay in registers
     SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) copy[p] = sums[p];
     scatter_by_table<P>(f, row, copy);
     return;
   }
-  float* y = f.y + row * f.plane_size + f.table->start;
+  float* y = f.y + row * f.plane_size;
   const Vec bias = f.bias == nullptr ? zeros() : broadcast(f.bias[row]);
+  if (table.plain) {
+    SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) {
+      store(y + table.start + p * kLanes, activate(add(sums[p], bias), f.activation));
+    }
+    return;
+  }
   SPARSEMTL_UNROLL for (int p = 0; p < P; ++p) {
-    store(y + p * kLanes, activate(add(sums[p], bias), f.activation));
+    const CopyTable::Pair& pair = table.pairs[p];
+    const Vec v = activate(add(sums[p], bias), f.activation);
+    if (pair.first == kFull) {  // most are, and stores behind masks take longer
+      store(y + pair.first_offset, v);
+      continue;
+    }
+    if (pair.first != 0) store_run(y + pair.first_offset, pair.first, v);
+    if (pair.second != 0) store_run(y + pair.second_offset, pair.second, v);
   }
 }
