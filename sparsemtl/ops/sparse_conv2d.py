@@ -140,9 +140,8 @@ def sparse_conv2d_grads(
     backend = SPARSE_CONV2D.choose(x, weight)
     assert backend.backward is not None
     pattern.update(weight)
-    grads: tuple[Tensor | None, Tensor | None] = backend.backward(
-        grad, x, weight, pattern, g, needs
-    )
+    backward = backends.reference_backward if is_batched(grad) else backend.backward
+    grads: tuple[Tensor | None, Tensor | None] = backward(grad, x, weight, pattern, g, needs)
     return grads
 
 

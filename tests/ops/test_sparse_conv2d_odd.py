@@ -11,6 +11,8 @@ from torch import Tensor
 
 from sparsemtl.ops import pack_pattern, sparse_conv2d, sparse_conv2d_reference
 from sparsemtl.ops.availability import native_module, why_not_native
+from sparsemtl.ops.sparse_conv2d import sparse_conv2d_grads
+from sparsemtl.ops.sparse_conv2d_checks import geometry
 
 needs_native = pytest.mark.skipif(why_not_native() is not None, reason=str(why_not_native()))
 ISAS = native_module().usable_isas() if why_not_native() is None else []
@@ -218,6 +220,19 @@ def test_batched_gradients_are_those_of_each():
         for f, e in zip(
             found, torch.autograd.grad(y, leaves, grad, retain_graph=True), strict=True
         ):
+            torch.testing.assert_close(f[i], e, rtol=1e-4, atol=1e-4)
+
+
+def test_batched_gradients_reach_layers_too():
+    x, weight = problem()
+    g, pattern = geometry(weight, 1, 1, 1, 1), pack_pattern(weight)
+    grads = torch.randn(3, 2, 6, 9, 8)
+    found = torch.func.vmap(
+        lambda grad: sparse_conv2d_grads(grad, x, weight, g, pattern, (True, True))
+    )(grads)
+    for i, grad in enumerate(grads):
+        expected = sparse_conv2d_grads(grad, x, weight, g, pattern, (True, True))
+        for f, e in zip(found, expected, strict=True):
             torch.testing.assert_close(f[i], e, rtol=1e-4, atol=1e-4)
 
 
