@@ -67,7 +67,9 @@ def compile(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compile: Expected model to be a module, got {type(model).__name__}")
-    target = make_target("compile", device or _home(model), dtype, copy_outputs=copy_outputs)
+    if device is None and executor in ("auto", "device"):
+        device = _home(model)
+    target = make_target("compile", device, dtype, copy_outputs=copy_outputs)
     from sparsemtl.engine.capture import capture  # torch.export: slow to import, not for loading
 
     graph, found = optimise(capture(model, example_inputs(model, example)))
@@ -96,10 +98,10 @@ class Plan:
         here = machine()
         graph, self.rewrites = adapt(graph)
         peak = peak_bytes(graph)
-        if peak > physical_memory():
+        if peak > _memory(target):
             sizes = [list(shape) for shape in shapes]
             raise ValueError(
-                f"engine: Expected an input whose values fit this machine's memory, got {sizes}, "
+                f"engine: Expected an input whose values fit the memory there is, got {sizes}, "
                 f"which needs {peak} bytes"
             )
         known = choices.get((here, shapes))
@@ -315,6 +317,13 @@ def _own_weights(graph: Graph, model: nn.Module) -> None:
         for name, weight in node.weights.items():
             if weight.untyped_storage().data_ptr() in theirs:
                 node.weights[name] = weight.clone()
+
+
+def _memory(target: Target | None) -> int:
+    """Bytes that there are where values will be."""
+    if target is None or target.device.type != "cuda":
+        return physical_memory()
+    return int(torch.cuda.get_device_properties(target.device).total_memory)
 
 
 def _home(model: nn.Module) -> torch.device | None:

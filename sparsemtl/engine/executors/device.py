@@ -27,6 +27,7 @@ from sparsemtl.engine.graph import Graph, Node, Value
 from sparsemtl.engine.liveness import peak_bytes
 from sparsemtl.engine.ops import compute
 from sparsemtl.engine.target import Target
+from sparsemtl.errors import GraphError
 from sparsemtl.ops.availability import launch_errors
 
 log = logging.getLogger(__name__)
@@ -117,9 +118,11 @@ class DeviceExecutor:
         """What replays the program, or why it runs call by call."""
         if target.capture is None:
             return None, "no graph was asked for"
+        # Torch's operators turn what they raise into the latter.
+        errors: tuple[type[Exception], ...] = (*launch_errors(), GraphError)
         try:
             graph = target.capture(partial(self._program, self.inputs), self.device)
-        except launch_errors() as error:
+        except errors as error:
             reason = str(error).strip().partition("\n")[0]
             self._program(self.inputs)  # what fails outside of a graph too is no matter of capture
             log.warning("engine: runs call by call, it cannot be one CUDA graph: %s", reason)
