@@ -255,7 +255,10 @@ def _known_or(key: str, measure: Callable[[], Times], target: Target) -> Times:
         return measure()
     machine = _machine(target.device)
     known = known_times(key, machine)
-    return known if known is not None else remember_times(key, measure(), machine)
+    if known is not None:
+        return known
+    found = measure()
+    return remember_times(key, found, machine) if found else found
 
 
 def _measure(

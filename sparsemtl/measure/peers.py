@@ -222,8 +222,8 @@ PEERS = {
         Peer("torch-bf16", _save_bf16, _load_bf16),
         Peer("torch-compile-graph", _save_torch, _load_compiled_graph, ("cuda",)),
         Peer("torch-compile-graph-bf16", _save_bf16, _load_compiled_graph, ("cuda",)),
-        Peer("onnxruntime", _save_onnx, _load_onnxruntime),
-        Peer("openvino", _save_for_openvino, _load_openvino),
+        Peer("onnxruntime", _save_onnx, _load_onnxruntime, ("cpu",)),
+        Peer("openvino", _save_for_openvino, _load_openvino, ("cpu",)),
         Peer("openvino-bf16", _save_for_openvino, _load_openvino_bf16),
     )
 }
