@@ -224,6 +224,6 @@ PEERS = {
         Peer("torch-compile-graph-bf16", _save_bf16, _load_compiled_graph, ("cuda",)),
         Peer("onnxruntime", _save_onnx, _load_onnxruntime, ("cpu",)),
         Peer("openvino", _save_for_openvino, _load_openvino, ("cpu",)),
-        Peer("openvino-bf16", _save_for_openvino, _load_openvino_bf16),
+        Peer("openvino-bf16", _save_for_openvino, _load_openvino_bf16, ("cpu",)),
     )
 }
