@@ -77,6 +77,26 @@ def check_node(node: Node) -> None:
             f"Graph: Expected weights {spec.weights} and perhaps {spec.optional} of {node.name!r},"
             f" got {sorted(node.weights)}"
         )
+    elif not _weights_agree(node):
+        shapes = {name: list(weight.shape) for name, weight in node.weights.items()}
+        raise GraphError(
+            f"Graph: Expected weights of {node.op} {node.name!r} that agree, got {shapes}"
+        )
+
+
+def _weights_agree(node: Node) -> bool:
+    """Whether a kernel or matrix has the axes of its op, and all else one entry per channel.
+
+    torch finds some of this out only when it computes.
+    """
+    axes = {"conv2d": 4, "linear": 2, "batch_norm": 1}.get(node.op)
+    if axes is None:
+        return True
+    main = "mean" if node.op == "batch_norm" else "weight"
+    rows = node.weights[main].shape[:1]
+    return node.weights[main].dim() == axes and all(
+        weight.shape == rows for name, weight in node.weights.items() if name != main
+    )
 
 
 def infer_outputs(node: Node, inputs: Sequence[Value]) -> list[tuple[tuple[int, ...], torch.dtype]]:

@@ -182,6 +182,12 @@ EDITS = {
         lambda w: w["plan"]["freedom"].update(guards=["__import__('os')"]),
         "formula",
     ),
+    "bias-like-its-kernel": (
+        lambda w: _node(w, "conv2d")["weights"].update(
+            bias=_node(w, "conv2d")["weights"]["weight"]
+        ),
+        "that agree",
+    ),
     "nesting": (lambda w: _node(w, "conv2d")["attrs"].update(stride=_deep(50)), "attribute"),
 }
 
