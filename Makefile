@@ -30,7 +30,8 @@ demo: setup
 # Triton kernels run in the interpreter and are compiled ahead of time, each in its own process:
 # the interpreter must be asked for before triton is imported, and rules out compiling.
 test: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter tests/ops tests/sparsity tests/engine
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter tests/ops tests/sparsity tests/engine \
+	  tests/test_gpu_bench.py
 	$(BIN)/python -m bench.aot
 	$(BIN)/python -m pytest -q -m "not interpreter"
 
@@ -41,8 +42,11 @@ lint: setup
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/lint-imports --no-cache
 
-gpu: setup
-	$(BIN)/python -m bench.gpu
+# A Python whose torch sees a GPU is taken as it is: a bare machine may have no way to install.
+gpu:
+	@if $(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
+	then $(PYTHON) -m bench.gpu; \
+	else $(MAKE) --no-print-directory setup && $(BIN)/python -m bench.gpu; fi
 
 bench: setup
 	$(BIN)/python -m pytest -q bench --benchmark-json=bench/results/bench.json

@@ -146,18 +146,22 @@ class BuildNative(build_ext):
         if nvcc is None:
             say("nvcc was not found, so without CUDA kernels")
             return []
-        objects = []
-        for source in sorted(glob.glob("csrc/cuda/*.cu")):
-            target = Path(self.build_temp) / (Path(source).stem + ".cu.o")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            command = [nvcc, *NVCC_FLAGS, "-Icsrc", "-c", source, "-o", str(target)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        children = {}
+        for source in sorted(glob.glob("csrc/cuda/*.cu")):  # side by side
+            target = str(folder / (Path(source).stem + ".cu.o"))
+            command = [nvcc, *NVCC_FLAGS, "-Icsrc", "-c", source, "-o", target]
+            children[target] = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        words = {target: child.communicate()[0] for target, child in children.items()}
+        for target, child in children.items():
+            if child.returncode != 0:
+                lines = words[target].strip().splitlines() or ["no message"]
                 say(f"WARNING: nvcc failed, so without CUDA kernels ({lines[0]})")
                 return []
-            objects.append(str(target))
-        return objects
+        return list(children)
 
 
 def extensions() -> list[Extension]:

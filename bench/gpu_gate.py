@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Iterator
 
 import torch
@@ -34,6 +35,7 @@ from sparsemtl.ops.group_threshold import group_threshold_reference
 from sparsemtl.ops.soft_threshold import soft_threshold_reference
 from sparsemtl.ops.sparse_conv2d_grouped import conv_branches
 from sparsemtl.ops.sparse_conv2d_plan import Geometry
+from sparsemtl.ops.sparse_conv2d_tiles import default_tile
 from sparsemtl.ops.tiles import Tile
 
 RELATIVE = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # tf32 in the first
@@ -155,6 +157,67 @@ def unstructured(device: torch.device) -> Iterator[Check]:
                 yield name, f, e
 
 
+def whole(check: Iterator[Check]) -> Iterator[tuple[str, Tensor | None, Tensor]]:
+    """The results of a check; where it fails, its traceback in place of those that are left."""
+    try:
+        yield from check
+    except (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError,
+            ValueError):  # fmt: skip
+        yield traceback.format_exc(), None, torch.zeros(0)
+
+
+def fused(device: torch.device) -> Iterator[Check]:
+    """Weight gradients that go on through a threshold of single weights, and of blocks."""
+    block = (16, 16) if INTERPRETING else (64, 64)
+    side = 2 * block[0]
+    g = Geometry((1, 1), (2, 2), (2, 2), (3, 3), 1)
+    for dtype in dtypes():
+        x = random((2, side, 9, 9), device, dtype)
+        grad = random((2, side, 9, 9), device, dtype, 2)
+        master = random((side, side, 3, 3), device, torch.float32, 1)
+        master[: block[0], : block[1]] *= 0.1
+        for name, tile in (("elements", None), ("blocks", Tile(*block))):
+            alpha = torch.tensor(0.5, device=device)
+            wide = [master.double().requires_grad_(), alpha.double().requires_grad_()]
+            values = soft_threshold_reference(*wide)
+            if tile is not None:
+                values = group_threshold_reference(*wide, tile)
+            y = conv2d(x.double(), values, None, 1, 2, 2)
+            expected = torch.autograd.grad(y, wide, grad.double())
+            weight = values.detach().to(dtype)
+            blocks = BlockPattern(weight, 1, tile)
+            cut = default_tile(weight, blocks, g, grad=True)
+            if tile is not None and not on_gpu.fits_groups(cut, block):
+                continue
+            found = on_gpu.conv_blocks_weight_grad(
+                grad, x, weight, blocks, g, cut, (master, alpha), tile is not None
+            )
+            for part, f, e in zip(("W", "α"), found, expected, strict=True):
+                yield f"sparse_conv2d, {dtype}, gradient of {part} through {name}", f.to(dtype), e
+
+
+def pairs(device: torch.device) -> Iterator[Check]:
+    """1x1 convolutions of 2:4 weights through torch's tensors."""
+    from sparsemtl.ops.semi_structured import (
+        SemiStructured,
+        semi_structured_conv,
+        why_not_semi_structured,
+    )
+    from sparsemtl.sparsity.structure import n_of_m_mask
+
+    g = Geometry((1, 1), (0, 0), (1, 1), (1, 1), 1)
+    for dtype in (torch.bfloat16, torch.float16):
+        x, weight = (random(s, device, dtype, 5) for s in ((2, 128, 9, 9), (64, 128, 1, 1)))
+        weight = weight * n_of_m_mask(weight.abs(), 2, 4)
+        reason = why_not_semi_structured(x, weight, g)
+        if reason is not None:
+            print(f"gpu_gate: 2:4 tensors are not used: {reason}")
+            return
+        bias = random((64,), device, dtype, 6)
+        y = semi_structured_conv(x, SemiStructured().follow(weight, None), bias)
+        yield f"2:4, {dtype}", y, conv2d(x.double(), weight.double(), bias.double())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
@@ -167,11 +230,15 @@ def main() -> int:
     if reason is not None:
         print(f"gpu_gate: Triton is not used: {reason}")
     elif not args.cuda_only:
-        checks.append(convolutions(device))
+        checks += [convolutions(device), fused(device), pairs(device)]
     count, wrong = 0, 0
     for check in checks:
-        for name, found, expected in check:
+        for name, found, expected in whole(check):
             count += 1
+            if found is None:
+                wrong += 1
+                print(f"gpu_gate: {name}")
+                continue
             scale = expected.double().abs().max().item() if expected.numel() else 0.0
             difference = (found.double() - expected.double()).abs()
             error = difference.max().item() if difference.numel() else 0.0

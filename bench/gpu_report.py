@@ -35,6 +35,9 @@ def speedups(result: dict) -> list[tuple[str, float]]:
 def markdown(result: dict) -> str:
     """The machine line, the parts that ran, and a row for each case."""
     lines = ["# GPU run", "", text(result["machine"]), ""]
+    if "passed" in result:
+        verdict = "passed" if result["passed"] else "FAILED: see the parts"
+        lines += [f"The run {verdict}, in {result['seconds']} s.", ""]
     lines += ["| part | state | | at s |", "|---|---|---|---|"]
     for name, part in result["parts"].items():
         reason = part["reason"].replace("|", "/")
@@ -59,7 +62,8 @@ def _rows(case: str, row: dict) -> list[str]:
         elif isinstance(entry, dict):
             lines += _rows(f"{case}, {name}", entry)
         else:
-            lines.append(f"| {case} | {name} | {entry:.3g} | |")
+            shown = f"{entry:.3g}" if isinstance(entry, (int, float)) else str(entry)
+            lines.append(f"| {case} | {name} | {shown} | |")
     return lines
 
 
@@ -74,7 +78,9 @@ def picture(result: dict, path: Path) -> None:
     axes.barh([name for name, _ in found], [value for _, value in found], color="#4c72b0")
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xlabel("speed-up over the best dense candidate of the same run")
-    axes.set_title(str(result["machine"].get("gpu", "no GPU")))
+    line = result["machine"]
+    shown = {key: line[key] for key in ("gpu", "torch", "cuda", "revision") if key in line}
+    axes.set_title(text(shown), fontsize=9)
     FigureCanvasAgg(figure).print_png(str(path))
 
 

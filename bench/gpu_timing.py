@@ -10,17 +10,22 @@ import torch
 
 
 def times(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, budget: float = 3.0
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    budget: float = 3.0,
+    warm: int = 1,
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of each call: median and quartiles of interleaved samples, within a budget.
 
-    A call that raises at its first run is left out, with the reason in its place under "error".
+    A call that raises in its `warm` first runs is left out, with the reason in its place under
+    "error".
     """
     found: dict[str, dict[str, float]] = {}
     alive: dict[str, Callable[[], object]] = {}
     for name, call in calls.items():
         try:
-            call()
+            for _ in range(warm):
+                call()
             alive[name] = call
         except (RuntimeError, ValueError, TypeError) as error:
             found[name] = {"error": f"{type(error).__name__}: {error}"[:200]}  # type: ignore[dict-item]

@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import Run
+from bench.gpu import LIMIT, Run, main
+from bench.gpu_common import Setting
+from bench.gpu_plan import in_bounds, plan
 from bench.gpu_report import markdown, speedups, write
-from bench.gpu_sections import SECTIONS, in_bounds, plan
+from bench.gpu_sections import SECTIONS
+from bench.gpu_sections import run as run_jobs
 from bench.gpu_timing import best, times
+from sparsemtl.ops.availability import why_not_triton
 
 ROOT = Path(__file__).parent.parent
 RESULT = {
@@ -82,6 +86,115 @@ def test_a_part_that_takes_too_long_is_stopped_and_said(tmp_path, monkeypatch):
     assert run.call("tests", [sys.executable, "-c", "1"])[0] == "skipped"
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert [parts[name]["state"] for name in ("gate", "tests")] == ["stopped", "skipped"]
+
+
+def test_a_case_that_fails_leaves_its_traceback_and_the_others(tmp_path):
+    def bad():
+        raise AssertionError("forward differs from torch by 1 of 2")
+
+    out = tmp_path / "rows.json"
+    jobs = iter([("one", lambda: {"speedup": 2.0}), ("two", bad), ("three", lambda: {"ms": 1.0})])
+    assert run_jobs(jobs, out, "G2") == 1
+    rows = json.loads(out.read_text())["rows"]
+    assert list(rows) == ["one", "two", "three"]
+    assert rows["two"]["failed"]["error"] == "forward differs from torch by 1 of 2"
+    assert "in bad" in rows["two"]["failed"]["traceback"]
+    text = markdown({"machine": {}, "parts": {}, "rows": {"G2": rows}})
+    assert "| G2 two | failed | not run | forward differs from torch by 1 of 2 |" in text
+
+
+class Device:
+    """Stands for a machine with a GPU: parts answer as told, and are remembered."""
+
+    def __init__(self, monkeypatch, answers: dict[str, int]) -> None:
+        self.called: list[str] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr("bench.gpu.machine", lambda: {"gpu": "a stub"})
+        monkeypatch.setattr("bench.gpu.build", lambda run: None)
+        monkeypatch.setattr("bench.gpu.sanitize", lambda run: True)
+
+        def ran(command, timeout, **_):
+            name = command[3] if "bench.gpu_sections" in command else command[2]
+            self.called.append(name.split(".")[-1])
+            if answers.get(self.called[-1]) is None:
+                if "--out" in command:
+                    rows = {"case": {"speedup": 2.0}}
+                    Path(command[-1]).write_text(json.dumps({"rows": rows}))
+                return subprocess.CompletedProcess(command, 0, "fine\n")
+            if answers[self.called[-1]] == -1:
+                raise subprocess.TimeoutExpired(command, timeout, output=b"so far\n")
+            return subprocess.CompletedProcess(command, 1, "Traceback\nRuntimeError: broken\n")
+
+        monkeypatch.setattr("bench.gpu.subprocess.run", ran)
+
+
+def drive(monkeypatch, folder, *arguments: str) -> tuple[int, dict]:
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(folder), *arguments])
+    status = main()
+    return status, json.loads((folder / "gpu.json").read_text())
+
+
+def test_one_failing_section_loses_itself_alone(monkeypatch, tmp_path):
+    device = Device(monkeypatch, {"G2": 1, "G3": -1})
+    status, result = drive(monkeypatch, tmp_path)
+    assert status == 1
+    assert result["passed"] is False
+    states = {name: part["state"] for name, part in result["parts"].items()}
+    assert states["G2"] == "failed"
+    assert states["G3"] == "stopped"
+    assert {n: s for n, s in states.items() if n in ("G1", "G4", "G5", "G6")} == dict.fromkeys(
+        ("G1", "G4", "G5", "G6"), "passed"
+    )
+    assert "RuntimeError: broken" in result["parts"]["G2"]["output"]
+    assert result["parts"]["G3"]["output"] == "so far\n"
+    assert set(result["rows"]) == set(SECTIONS) - {"G2", "G3"}
+    assert device.called[0] == "gpu_gate"
+    text = (tmp_path / "gpu.md").read_text()
+    assert "a stub" in text
+    assert "The run FAILED" in text
+
+
+def test_a_red_gate_fails_the_run_and_the_rest_is_still_checked(monkeypatch, tmp_path):
+    Device(monkeypatch, {"gpu_gate": 1})
+    status, result = drive(monkeypatch, tmp_path, "--only", "G1")
+    assert status == 1
+    assert result["parts"]["gate"]["state"] == "failed"
+    assert result["parts"]["G1"]["state"] == "passed"
+
+
+def test_a_run_that_passes(monkeypatch, tmp_path):
+    device = Device(monkeypatch, {})
+    status, result = drive(monkeypatch, tmp_path)
+    assert status == 0
+    assert result["passed"] is True
+    assert device.called[-len(SECTIONS) :] == list(SECTIONS)
+
+
+def test_when_the_time_is_up_nothing_more_begins(monkeypatch, tmp_path):
+    device = Device(monkeypatch, {})
+    status, result = drive(monkeypatch, tmp_path, "--limit", "0")
+    assert status == 1  # nothing was checked
+    assert device.called == []
+    assert {part["state"] for part in result["parts"].values()} == {"skipped"}
+
+
+def test_the_limit_stays_below_nine_minutes():
+    """Twelve seconds are for starting, and for what a killed child still needs."""
+    assert LIMIT <= 9 * 60 - 12
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", list(SECTIONS))
+def test_each_section_runs_small(name, tmp_path, monkeypatch):
+    """In the interpreter: what a section checks and calls is there and agrees with torch."""
+    monkeypatch.setenv("SPARSEMTL_CACHE", str(tmp_path))
+    monkeypatch.setenv("SPARSEMTL_AUTOTUNE", "0")
+    if why_not_triton() is not None:
+        pytest.skip(str(why_not_triton()))
+    out = tmp_path / "rows.json"
+    failed = run_jobs(SECTIONS[name](Setting("cpu", small=True)), out, name)
+    assert failed == 0, out.read_text()
+    assert json.loads(out.read_text())["rows"]
 
 
 def test_a_candidate_that_fails_says_why():
