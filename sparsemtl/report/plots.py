@@ -62,15 +62,22 @@ def step_time(
     axis.plot(sparsity, times, ".", ms=4, color=_colour(0), alpha=0.4, label="as measured")
     bins = np.round(sparsity / SPARSITY_BIN)
     middles = [
-        (float(np.median(o)) for o in (sparsity[bins == b], times[bins == b]))
+        (float(np.median(sparsity[bins == b])), float(np.median(times[bins == b])))
         for b in sorted(set(bins))
     ]
     axis.plot(*zip(*middles, strict=True), "o-", color=_colour(0), label="median")
+    tallest = max(height for _, height in middles)
     if dense_rows:
         dense = 1000 * float(np.median([row["seconds"] for row in dense_rows]))
         axis.axhline(dense, color="k", lw=0.9, ls="--", label="dense twin, median")
-    # Steps in which layers are measured stand out by far, and are no news.
-    axis.set_ylim(0, 1.6 * float(np.median(times)))
+        tallest = max(tallest, dense)
+    # Steps in which layers are measured stand out by far, and would flatten the rest.
+    top = 1.25 * tallest
+    axis.set_ylim(0, top)
+    above = int((times > top).sum())
+    if above:
+        said = f"{above} of {len(times)} steps lie above, up to {times.max():.4g} ms"
+        axis.set_title(said, fontsize=8, loc="right")
     axis.set_xlabel("sparsity, %")
     axis.set_ylabel("training step, ms")
     axis.grid(alpha=0.25)
