@@ -15,8 +15,9 @@ import tyro
 from sparsemtl import config as configs
 from sparsemtl.cli.grid import check_cells, claimed, folder_of, parse_method, run_cells
 from sparsemtl.cli.run_folder import build_split, build_tasks, read_json
-from sparsemtl.cli.train import Folder, Number, Text, Train, Whole, Words
+from sparsemtl.cli.train import Folder, Number, Text, Train, Whole, Words, choice
 from sparsemtl.config import RunConfig
+from sparsemtl.data import DATASETS
 from sparsemtl.errors import unknown_choice
 from sparsemtl.measure.compare import (
     Cell,
@@ -72,8 +73,7 @@ class Compare:
     """The method that Δ compares with, dense or single-task; it is run too."""
     delta_form: Text = None
     """mean (Eq. 7) or sum (as the published tables)."""
-    data: Text = None
-    """scenes (procedural) or nyuv2."""
+    data: Annotated[str | None, choice(DATASETS)] = None
     data_root: Folder = None
     data_option: Words = ()
     """More data options, name=value."""

@@ -13,8 +13,9 @@ import numpy as np
 import tyro
 
 from sparsemtl import config as configs
+from sparsemtl.cli.similarity_findings import Findings, Options
 from sparsemtl.cli.similarity_folder import SimilarityFolder
-from sparsemtl.cli.similarity_report import Findings, Options, print_findings, write_report
+from sparsemtl.cli.similarity_report import print_findings, write_report
 from sparsemtl.cli.similarity_work import Work, collect_records, measure_gains
 from sparsemtl.cli.train import Folder, Number, Text, Train, Whole, Words
 from sparsemtl.data import build_dataset

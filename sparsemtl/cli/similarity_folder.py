@@ -4,7 +4,8 @@ settings.json      what the records depend on; another analysis is refused
 records/           one file per seed, per-layer numbers of every pair
 gains.json         settings of the measured gains
 gains/             one file per training
-NAME.md .json .tsv the report and its numbers; NAME_layers.tsv, NAME_iou.tsv, NAME_*.png
+NAME.md .json .tsv the report and its numbers; NAME_layers.tsv, NAME_iou.tsv, NAME_*.png, and
+                   NAME_gains.tsv, which --gains takes
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,18 +18,25 @@ from sparsemtl.cli.run_folder import RunFolder, read_json
 from sparsemtl.cli.runner import Interrupted, execute, new_run, resume_run
 from sparsemtl.cli.tables import print_summary
 from sparsemtl.config import RunConfig
-from sparsemtl.data import dataset_config
+from sparsemtl.data import DATASETS, dataset_config
 from sparsemtl.errors import unknown_choice
-from sparsemtl.methods import method_name
+from sparsemtl.methods import METHODS, method_name
+from sparsemtl.models.config import MODELS
 from sparsemtl.training import distributed
-from sparsemtl.training.balance import BalanceConfig
-from sparsemtl.training.weighting import WeightingConfig
+from sparsemtl.training.balance import AGGREGATORS, BalanceConfig
+from sparsemtl.training.weighting import SCALARIZERS, WEIGHTINGS, WeightingConfig
 
 Text = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 Whole = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")]
 Words = Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")]
+
+
+def choice(names: Iterable[str], more: str = "") -> Any:
+    """How help shows an option that takes one of `names`; `more` ends the sentence."""
+    text = f"{', '.join(names)}{' ' * bool(more)}{more}"
+    return tyro.conf.arg(metavar="NAME", help_behavior_hint="", help=text)
 
 
 @dataclass
@@ -43,12 +51,8 @@ class Train:
     """New folder for the run."""
     resume: Folder = None
     """Continue this run; every other choice is the run's own."""
-    preset: str = "demo"
-    """demo, quick, nyuv2-adapmtl-resnet34, nyuv2-adapmtl-mobilenetv2,
-    scenes-distinctiveness, vehiclex-distinctiveness, or a run's config.json."""
-    method: Text = None
-    """dense, single-task, magnitude, imp, lth, snip, grasp, str, disparse-static, disparse-pt,
-    disparse-dynamic, rigl or adapmtl."""
+    preset: Annotated[str, choice(configs.PRESETS, "or a run's config.json")] = "demo"
+    method: Annotated[str | None, choice(METHODS)] = None
     sparsity: Number = None
     """Fraction of zeros over all components, in [0, 1); met exactly."""
     structure: Text = None
@@ -56,8 +60,7 @@ class Train:
     steps: Whole = None
     """Optimizer steps."""
     seed: Whole = None
-    data: Text = None
-    """scenes (procedural), nyuv2 or vehiclex."""
+    data: Annotated[str | None, choice(DATASETS)] = None
     data_root: Folder = None
     """Folder of a data set on disk; means --data nyuv2 unless said otherwise."""
     data_option: Words = ()
@@ -66,8 +69,7 @@ class Train:
     """What a damaged file does: raise or skip."""
     tasks: Words = ()
     """For example segmentation normals depth."""
-    model: Text = None
-    """deeplab-resnet18, deeplab-resnet34 or mobilenetv2."""
+    model: Annotated[str | None, choice(MODELS)] = None
     width: Number = None
     """Multiplies every channel count."""
     dropout: Number = None
@@ -76,12 +78,12 @@ class Train:
     weight_decay: Number = None
     clip_norm: Number = None
     """Clip the global gradient norm."""
-    weighting: Text = None
-    """adaptive (Eq. 6), adaptive-released, fixed, or by torchjd dwa, uncertainty, imtl-l,
-    geometric-mean, random."""
-    balance: Text = None
-    """Combine the tasks' gradients by pcgrad, upgrad, mgda, cagrad, imtl-g, aligned-mtl, config,
-    dualproj, graddrop, fairgrad or random (torchjd)."""
+    weighting: Annotated[str | None, choice((*WEIGHTINGS, *SCALARIZERS), "(adaptive: Eq. 6)")] = (
+        None
+    )
+    balance: Annotated[
+        str | None, choice(AGGREGATORS, "to combine the tasks' gradients (torchjd)")
+    ] = None
     mining: Number = None
     """Learn from this share of each batch, its hardest samples by summed loss (paper: 0.7)."""
     grouping: Text = None

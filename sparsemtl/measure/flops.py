@@ -47,14 +47,6 @@ class Work:
     nonzeros: int = 0
 
     @property
-    def dense_flop(self) -> int:
-        return 2 * self.dense_mac
-
-    @property
-    def sparse_flop(self) -> int:
-        return 2 * self.sparse_mac
-
-    @property
     def sparsity(self) -> float:
         """Fraction of zero weights, 0 without weights."""
         return 1.0 - self.nonzeros / self.weights if self.weights else 0.0

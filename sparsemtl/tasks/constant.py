@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _DROPPED_BITS = 12  # of float32's 23 mantissa bits; 11 are kept
@@ -26,6 +28,22 @@ class ConstantPredictor:
     def __call__(self, batch: int, height: int, width: int) -> Tensor:
         """Return [batch, C, height, width], a view of the one value."""
         return self.value[None, :, None, None].expand(batch, -1, height, width)
+
+
+def most_frequent_class(
+    name: str, classes: int, labels: Iterable[Tensor], what: str = "pixel"
+) -> Tensor:
+    """One-hot float32 [C] of the class met most often, the lowest of equals.
+
+    labels: of one batch each, any shape, valid ones only, in 0 .. classes - 1
+    raises: ValueError naming the task if there is none; what: what has a label
+    """
+    counts = torch.zeros(classes, dtype=torch.int64)
+    for batch in labels:
+        counts += torch.bincount(batch.long().cpu().flatten(), minlength=classes)
+    if int(counts.sum()) == 0:
+        raise ValueError(f"{name}: Expected at least one valid {what}, got none")
+    return F.one_hot(counts.argmax(), classes).float()
 
 
 class StreamingMedian:

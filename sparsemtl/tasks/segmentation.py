@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from sparsemtl.tasks.base import POOLINGS, Task, TaskMetrics, mean_terms
-from sparsemtl.tasks.constant import ConstantPredictor
+from sparsemtl.tasks.constant import ConstantPredictor, most_frequent_class
 from sparsemtl.tasks.pictures import check_picture, paint_invalid, palette, to_numpy
 from sparsemtl.tasks.resize import resize_nearest
 
@@ -88,14 +88,13 @@ class Segmentation(Task):
 
     def constant_predictor(self, targets: Iterable[tuple[Tensor, Tensor]]) -> ConstantPredictor:
         """Fit the most frequent class, the lowest of equals; value is one-hot."""
-        counts = torch.zeros(self.channels, dtype=torch.int64)
-        for target, valid in targets:
-            self.check_target_shapes(target, valid)
-            self.check_target(target, valid)
-            counts += torch.bincount(target[valid].long().cpu(), minlength=self.channels)
-        if int(counts.sum()) == 0:
-            raise ValueError(f"{self.name}: Expected at least one valid pixel, got none")
-        return ConstantPredictor(F.one_hot(counts.argmax(), self.channels).float())
+        labels = (self._labels(target, valid) for target, valid in targets)
+        return ConstantPredictor(most_frequent_class(self.name, self.channels, labels))
+
+    def _labels(self, target: Tensor, valid: Tensor) -> Tensor:
+        self.check_target_shapes(target, valid)
+        self.check_target(target, valid)
+        return target[valid]
 
     def to_picture(
         self,

@@ -148,5 +148,9 @@ def test_measured_gains_resume_and_refuse_other_lengths(tmp_path, capsys):
     assert similarity(*arguments, "--gain-steps", 2) == 0
     again = json.loads((out / "similarity.json").read_text())
     assert again["gains"] == first["gains"]  # a training repeats bit for bit
+    given = ("--tasks", "keypoints", "edges", "--seeds", 0, "--gains", out / "similarity_gains.tsv")
+    assert similarity("--out", tmp_path / "given", *given) == 0
+    read = json.loads((tmp_path / "given" / "similarity.json").read_text())["gains"]["mean"]
+    assert read[0][1] == pytest.approx(first["gains"]["mean"][0][1], rel=1e-5)
     assert similarity(*arguments, "--gain-steps", 3) == 2
     assert "another train.steps (2, not 3)" in capsys.readouterr().err
