@@ -82,7 +82,7 @@ def _merged(members: list[Node]) -> Node:
     weights = [node.weights["weight"] for node in members]
     first.weights = {"weight": joined(weights)}
     if any("bias" in node.weights for node in members):
-        zeros = [torch.zeros(weight.shape[0]) for weight in weights]
+        zeros = [weight.new_zeros(weight.shape[0]) for weight in weights]
         biases = [n.weights.get("bias", zero) for n, zero in zip(members, zeros, strict=True)]
         first.weights["bias"] = torch.cat(biases)
     return first

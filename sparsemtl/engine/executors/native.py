@@ -144,7 +144,7 @@ class NativeExecutor:
     ) -> None:
         reads = [values[name].contiguous() for name in segment.reads]  # alive for the call
         shapes = [self.graph.values[name] for name in segment.writes]
-        writes = [torch.empty(v.shape, dtype=v.dtype) for v in shapes]
+        writes = [torch.empty(v.shape, dtype=v.dtype, device="cpu") for v in shapes]
         addresses = [tensor.data_ptr() for tensor in (*reads, *writes)]
         threads = torch.get_num_threads()
         if times is None:
