@@ -10,6 +10,7 @@ ramp, or open: then S(W, α) with thresholds at the same sparsity, and every wei
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -97,6 +98,7 @@ def make_state(
     dropout: bool = True,
 ) -> TrainState:
     """A run at its first step; dense without a split."""
+    gc.collect()  # models and their slots name each other: gigabytes that nobody else frees in time
     model: nn.Module = build(setup.model, setup.tasks)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -277,6 +279,7 @@ def measure_step(
                 "layer_shapes": len(picked),
                 "rounds": ours.rounds,
             }
+            del states, calls, times, ours  # before the next row makes its own
 
 
 def _overall(state: TrainState) -> float:
