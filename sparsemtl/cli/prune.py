@@ -13,7 +13,7 @@ import tyro
 from sparsemtl import config as configs
 from sparsemtl.cli.display import live_display
 from sparsemtl.cli.grid import parse_method
-from sparsemtl.cli.run_folder import RunFolder, load_model
+from sparsemtl.cli.run_folder import RunFolder, load_model, load_model_config
 from sparsemtl.cli.runner import Interrupted, execute, new_run, prune_only
 from sparsemtl.cli.tables import print_summary
 from sparsemtl.cli.train import Text, Whole, Words, parse_set
@@ -86,6 +86,7 @@ class Prune:
             train = dataclasses.replace(train, optim=dataclasses.replace(train.optim, lr=self.lr))
         config = dataclasses.replace(
             config,
+            model=load_model_config(source)[0],
             train=train,
             baseline=str(source.root.resolve()),
             start_from=str(source.root.resolve()),

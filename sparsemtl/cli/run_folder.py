@@ -169,6 +169,18 @@ def save_model(
     )
 
 
+def load_model_config(folder: RunFolder) -> tuple[ModelConfig, dict[str, Any]]:
+    """The finished model's own config, in which a method may have shrunk a layer; and its file.
+
+    raises: CheckpointError if it describes no model
+    """
+    saved = read_json(folder.model_config, "a model folder")
+    try:
+        return configs.rebuild(ModelConfig, saved["model"], "model"), saved
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder.model_config} describes no model: {error!r}") from error
+
+
 def load_model(folder: RunFolder) -> nn.Module:
     """The finished model of a run, in eval mode.
 
@@ -179,9 +191,8 @@ def load_model(folder: RunFolder) -> nn.Module:
             f"Expected a finished run in {folder.root} (model/model.safetensors), got none; "
             f"`sparsemtl train --resume {folder.root}` finishes it"
         )
-    saved = read_json(folder.model_config, "a model folder")
+    config, saved = load_model_config(folder)
     try:
-        config = configs.rebuild(ModelConfig, saved["model"], "model")
         model: nn.Module = build_model(config, saved["heads"])
         if saved.get("per_task"):
             model = split_by_task(model, list(saved["heads"]))

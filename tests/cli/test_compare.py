@@ -130,6 +130,18 @@ def test_prune_refuses_what_it_cannot_do(trained, tmp_path, capsys):
     assert not (tmp_path / "second").exists()
 
 
+def test_prune_takes_a_model_whose_layer_has_shrunk(tmp_path):
+    run, out = tmp_path / "shrunk", tmp_path / "pruned"
+    words = ["--width", "0.125", "--steps", "12", "--batch-size", "8", "--set", "method.warmup=2"]
+    data = ["--data-option", "height=32", "width=32", "frames_train=16", "frames_val=8"]
+    train = ["train", "--preset", "scenes-distinctiveness", *words, *data, "--quiet", "--no-plots"]
+    assert main([*train, "--out", str(run)]) == 0
+    hidden = json.loads((run / "model" / "config.json").read_text())["model"]["hidden"]
+    assert hidden < 128
+    assert main(["prune", str(run), "--out", str(out), "--sparsity", "0.8"]) == 0
+    assert abs(json.loads((out / "summary.json").read_text())["sparsity"]["overall"] - 0.8) < 1e-3
+
+
 def test_a_network_per_task_is_trained_saved_and_measured_again(tmp_path):
     out, file = tmp_path / "single", tmp_path / "again.json"
     words = ["train", "--preset", "quick", "--method", "single-task", *SMALL, "--quiet"]
