@@ -79,6 +79,12 @@ class Prune:
         source = RunFolder(self.run_folder)
         config = source.load_config()
         check_not_sparser(source, self.sparsity)
+        model, saved = load_model_config(source)
+        if saved.get("per_task"):
+            raise ValueError(
+                f"Expected the run of one network for all tasks, got {source.root}, which has a "
+                "network for each task (single-task)"
+            )
         train = dataclasses.replace(config.train, steps=max(1, self.finetune), weighting=None)
         if self.seed is not None:
             train = dataclasses.replace(train, seed=self.seed)
@@ -86,7 +92,7 @@ class Prune:
             train = dataclasses.replace(train, optim=dataclasses.replace(train.optim, lr=self.lr))
         config = dataclasses.replace(
             config,
-            model=load_model_config(source)[0],
+            model=model,
             train=train,
             baseline=str(source.root.resolve()),
             start_from=str(source.root.resolve()),

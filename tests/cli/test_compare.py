@@ -142,7 +142,7 @@ def test_prune_takes_a_model_whose_layer_has_shrunk(tmp_path):
     assert abs(json.loads((out / "summary.json").read_text())["sparsity"]["overall"] - 0.8) < 1e-3
 
 
-def test_a_network_per_task_is_trained_saved_and_measured_again(tmp_path):
+def test_a_network_per_task_is_trained_saved_and_measured_again(tmp_path, capsys):
     out, file = tmp_path / "single", tmp_path / "again.json"
     words = ["train", "--preset", "quick", "--method", "single-task", *SMALL, "--quiet"]
     aids = ["--weighting", "dwa", "--balance", "pcgrad", "--mining", "0.5", "--no-plots"]
@@ -151,5 +151,7 @@ def test_a_network_per_task_is_trained_saved_and_measured_again(tmp_path):
     result = json.loads((out / "summary.json").read_text())
     assert json.loads(file.read_text())["metrics"] == result["metrics"]
     assert next(iter(result["sparsity"]["components"])) == "network:segmentation"
+    assert main(["prune", str(out), "--out", str(tmp_path / "pruned")]) == 2
+    assert "one network for all tasks" in capsys.readouterr().err
     shared = ["train", "--preset", "quick", *SMALL, *aids, "--quiet", "--out", str(tmp_path / "a")]
     assert main(shared) == 0
