@@ -17,7 +17,6 @@ from torch import Tensor
 from sparsemtl.engine import codec
 from sparsemtl.engine.graph import Graph, Node
 
-Coded = tuple[str, dict[str, Tensor]]  # coding and its parts, see `codec.py`
 _SOURCE = "_sparsemtl_source"
 
 

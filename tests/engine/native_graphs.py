@@ -5,10 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsemtl.engine.executors.native import NativeExecutor, default_forms
+from sparsemtl.engine.executors.forms import Form, default_form
+from sparsemtl.engine.executors.native import NativeExecutor, packable
+from sparsemtl.engine.executors.support import why_not
 from sparsemtl.engine.executors.torch import TorchExecutor
 from sparsemtl.engine.graph import Graph, Node, Value
 from sparsemtl.engine.ops import infer_outputs
+from sparsemtl.engine.pack import pack_weight
+
+
+def default_forms(graph: Graph) -> dict[str, Form]:
+    """A sparse form for each node that has one, unmeasured."""
+    return {
+        node.name: default_form(
+            node,
+            graph,
+            pack_weight(node.weights["weight"], int(node.attrs.get("groups", 1))),
+        )
+        for node in graph.nodes
+        if packable(node, graph) and why_not(node, graph) is None
+    }
 
 
 class Maker:

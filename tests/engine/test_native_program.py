@@ -10,11 +10,18 @@ import torch
 
 from sparsemtl.engine.executors.buffers import Buffer, place
 from sparsemtl.engine.executors.homes import Segment
-from sparsemtl.engine.executors.native import NativeExecutor, default_forms, prepared
+from sparsemtl.engine.executors.native import NativeExecutor, prepared
 from sparsemtl.engine.executors.steps import lower
 from sparsemtl.engine.executors.torch import TorchExecutor
 from sparsemtl.ops.availability import native_module, why_not_native
-from tests.engine.native_graphs import Maker, all_native, assert_near, assert_same, native
+from tests.engine.native_graphs import (
+    Maker,
+    all_native,
+    assert_near,
+    assert_same,
+    default_forms,
+    native,
+)
 
 pytestmark = pytest.mark.skipif(why_not_native() is not None, reason="needs the native module")
 

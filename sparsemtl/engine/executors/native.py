@@ -12,13 +12,12 @@ from torch import Tensor
 
 from sparsemtl.engine.deferred import density
 from sparsemtl.engine.executors.dense import DenseExecutor
-from sparsemtl.engine.executors.forms import Form, default_form
+from sparsemtl.engine.executors.forms import Form
 from sparsemtl.engine.executors.homes import Segment
 from sparsemtl.engine.executors.merge import merge_parallel
 from sparsemtl.engine.executors.steps import lower
 from sparsemtl.engine.executors.support import why_not
 from sparsemtl.engine.graph import Graph, Node
-from sparsemtl.engine.pack import pack_weight
 from sparsemtl.ops.availability import native_module
 
 # Denser convolutions have arithmetic enough to hide what gathering their input costs.
@@ -45,19 +44,6 @@ def is_depthwise(node: Node, graph: Graph) -> bool:
 def packable(node: Node, graph: Graph) -> bool:
     """Whether the native executor runs a node from a packed weight."""
     return node.op in ("conv2d", "linear") and not is_depthwise(node, graph)
-
-
-def default_forms(graph: Graph) -> dict[str, Form]:
-    """A sparse form for each node that has one, unmeasured."""
-    return {
-        node.name: default_form(
-            node,
-            graph,
-            pack_weight(node.weights["weight"], int(node.attrs.get("groups", 1))),  # type: ignore[arg-type]
-        )
-        for node in graph.nodes
-        if packable(node, graph) and why_not(node, graph) is None
-    }
 
 
 def prepared(graph: Graph, apart: Collection[str] = ()) -> Graph:
